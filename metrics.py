@@ -1,0 +1,117 @@
+"""What the study reports of a model: accuracy, average precision, MAP, WGAP, IoU.
+
+All values are fractions in [0, 1]; the tables print them as percent. Counts are int64 and ratios
+float64: a training split has 59 million pixels, and float32 counts stop being exact at 2^24.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def accuracy(logits: Tensor, target: Tensor) -> float:
+    """Share of samples whose largest logit is the target's; logits (N, C, ...), target (N, ...)."""
+    return (logits.argmax(1) == target).double().mean().item()
+
+
+def ascending(x: Tensor) -> Tensor:
+    # NumPy's sort of plain floats uses the vector units of the CPU, torch's does not (2.8x apart)
+    return x.sort().values if x.is_cuda else torch.from_numpy(np.sort(x.cpu().numpy()))
+
+
+def average_precision(scores: Tensor, positive: Tensor) -> float:
+    """Exact average precision of one class: sum over thresholds of (R_n - R_{n-1}) P_n.
+
+    The definition and the tie handling are scikit-learn's `average_precision_score` (samples of one
+    score enter together), without interpolation. Only thresholds that carry a positive move the
+    recall, so positives and negatives are sorted apart, and the negatives above each are counted.
+
+    scores (M,) float, half types are upcast; positive (M,) bool. NaN where nothing is positive.
+    ValueError for scores that are not finite or not floating-point, and for shapes that differ.
+    """
+    if scores.shape != positive.shape or scores.ndim != 1:
+        raise ValueError(f"scores {tuple(scores.shape)} and positive {tuple(positive.shape)} must be 1-D and equal")
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating-point, got {scores.dtype}")
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    if not scores.isfinite().all():
+        raise ValueError("scores must be finite")
+    positive = positive.bool()
+    hits, misses = ascending(scores[positive]), ascending(scores[~positive])
+    if len(hits) == 0:
+        return math.nan
+    thresholds, counts = torch.unique_consecutive(hits, return_counts=True)
+    true = counts.flip(0).cumsum(0).flip(0)  # positives at or above each threshold
+    false = len(misses) - torch.searchsorted(misses, thresholds)
+    return (counts.double() / len(hits) * (true.double() / (true + false))).sum().item()
+
+
+def average_precisions(scores: Tensor, target: Tensor) -> list[float]:
+    """AP of every class over all pixels of all images, ranked across images.
+
+    scores (N, C, ...), target (N, ...) with values in [0, C); NaN for a class the target lacks.
+    """
+    target = target.reshape(-1)
+    return [average_precision(scores[:, c].reshape(-1), target == c) for c in range(scores.shape[1])]
+
+
+def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
+    """int64 (classes, classes): how many of true class i (row) were predicted as j (column)."""
+    index = target.reshape(-1).long() * classes + prediction.reshape(-1).long()
+    return torch.bincount(index, minlength=classes**2).reshape(classes, classes)
+
+
+def mean_present(values: list[float]) -> float:
+    """Mean over the values that are not NaN, that is over the classes that are there; NaN if none is."""
+    present = [value for value in values if not math.isnan(value)]
+    return sum(present) / len(present) if present else math.nan
+
+
+def worst_present(values: list[float]) -> float:
+    """Smallest of the values that are not NaN: WGAP when the values are APs (report, section 3)."""
+    return min((value for value in values if not math.isnan(value)), default=math.nan)
+
+
+def classification(logits: Tensor, target: Tensor, names: list[str]) -> dict:
+    """Metrics of a split for the run record: accuracy, its per-class values, the confusion matrix.
+
+    logits (N, C) float, target (N,). A class that the split lacks has NaN and is left out of no mean
+    here: accuracy is over samples.
+    """
+    counts = confusion(logits.argmax(1), target, len(names)).double()
+    recall = (counts.diag() / counts.sum(1)).tolist()  # 0/0 is NaN
+    return {"accuracy": accuracy(logits, target), "class_accuracy": dict(zip(names, recall)),
+            "confusion": counts.long().tolist(), "images": len(target)}
+
+
+def segmentation(logits: Tensor, target: Tensor, names: list[str]) -> dict:
+    """Metrics of a split for the run record.
+
+    logits (N, C, H, W) float32, target (N, H, W). Headline: AP of the softmax probabilities, since
+    raw logits rank differently across pixels; theirs is kept beside it. IoU is per class over the
+    whole split. A class that no pixel of the target shows has NaN for AP and IoU and is left out of
+    the means; `classes_counted` says how many were not.
+    """
+    counts = confusion(logits.argmax(1), target, len(names)).double()
+    present = counts.sum(1) > 0
+    iou = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
+    iou = iou.where(present, torch.nan).tolist()
+    ap = average_precisions(logits.softmax(1), target)
+    ap_logits = average_precisions(logits, target)
+    return {"map": mean_present(ap), "wgap": worst_present(ap), "ap": dict(zip(names, ap)),
+            "map_logits": mean_present(ap_logits), "ap_logits": dict(zip(names, ap_logits)),
+            "miou": mean_present(iou), "iou": dict(zip(names, iou)),
+            "pixel_accuracy": (counts.diag().sum() / counts.sum()).item(),
+            "classes_counted": int(present.sum()), "images": len(target)}
+
+
+def class_table(columns: dict[str, dict[str, float | None]]) -> str:
+    """Text table of percentages per class: {column: {class: fraction, or None if absent}} -> lines."""
+    lines = [" " * 10 + "".join(f"{column:>12}" for column in columns)]
+    for name in next(iter(columns.values())):
+        cells = ["absent" if values[name] is None else f"{100 * values[name]:.1f}" for values in columns.values()]
+        lines.append(f"{name:<10}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,269 @@
+"""The networks of the study and their losses, in plain PyTorch.
+
+VGGResNet    classification, Table 1: VGG's max-pooling or ResNet's strides around residual blocks
+HourGlass    segmentation, Table 2: stacked hourglasses joined by sums
+UNet         segmentation, Table 2: the benchmark, joined by concatenation
+
+Every switch of the two tables is a constructor argument. `forward(x)` is `head(features(x))` in all
+three, so class activation maps need no hooks. All forms script and export.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "none": nn.Identity}
+
+
+def conv_norm(cin: int, cout: int, kernel: int, stride: int = 1, norm: bool = True) -> nn.Sequential:
+    """A padded convolution and its BatchNorm; without the norm the convolution gets a bias instead."""
+    conv = nn.Conv2d(cin, cout, kernel, stride, padding=(kernel - 1) // 2, bias=not norm)
+    return nn.Sequential(conv, nn.BatchNorm2d(cout) if norm else nn.Identity())
+
+
+def check_size(x: Tensor, stride: int) -> None:
+    """Refuse an image whose height or width cannot be halved down to 1/stride: ValueError."""
+    height, width = x.shape[-2], x.shape[-1]
+    if height % stride != 0 or width % stride != 0 or height == 0 or width == 0:
+        raise ValueError(f"input is {height}x{width}: height and width must be multiples of {stride}")
+
+
+class ResidualBlock(nn.Module):
+    """3x3 conv, norm, act, 3x3 conv, norm, add, act (He et al. 2016, section 3.3, basic block).
+
+    The shortcut is a 1x1 projection where the width or the size changes, and absent without `skip`.
+    (N, cin, H, W) -> (N, cout, H/stride, W/stride).
+    """
+
+    def __init__(self, cin: int, cout: int, stride: int = 1, skip: bool = True, norm: bool = True, act: str = "relu"):
+        super().__init__()
+        self.conv1 = conv_norm(cin, cout, 3, stride, norm)
+        self.conv2 = conv_norm(cout, cout, 3, 1, norm)
+        self.act = ACTIVATIONS[act]()
+        self.skip = skip
+        same = cin == cout and stride == 1
+        self.shortcut = nn.Identity() if same or not skip else conv_norm(cin, cout, 1, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.act(self.conv1(x)))
+        if self.skip:
+            y = y + self.shortcut(x)
+        return self.act(y)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention over all positions, then an MLP (Vaswani et al. 2017; Xiong et al. 2020).
+
+    Positions come from a depthwise 3x3 convolution (Chu et al. 2021, section 3.2), so any image size
+    runs. It takes a ResidualBlock's arguments: `skip` switches the residual adds, `norm` the
+    LayerNorms, `act` the MLP's activation. (N, cin, H, W) -> (N, cout, H/stride, W/stride).
+    """
+
+    HEAD = 32  # channels of one attention head
+
+    def __init__(self, cin: int, cout: int, stride: int = 1, skip: bool = True, norm: bool = True, act: str = "relu"):
+        super().__init__()
+        same = cin == cout and stride == 1
+        self.entry = nn.Identity() if same else nn.Conv2d(cin, cout, stride, stride)
+        self.position = nn.Conv2d(cout, cout, 3, padding=1, groups=cout)
+        self.norm1 = nn.LayerNorm(cout) if norm else nn.Identity()
+        self.norm2 = nn.LayerNorm(cout) if norm else nn.Identity()
+        self.qkv = nn.Linear(cout, 3 * cout)
+        self.project = nn.Linear(cout, cout)
+        self.mlp = nn.Sequential(nn.Linear(cout, 4 * cout), ACTIVATIONS[act](), nn.Linear(4 * cout, cout))
+        self.heads = max(1, cout // self.HEAD)
+        self.skip = skip
+
+    def attend(self, x: Tensor) -> Tensor:
+        n, positions, width = x.shape
+        qkv = self.qkv(x).view(n, positions, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        return self.project(y.transpose(1, 2).reshape(n, positions, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.entry(x)
+        x = x + self.position(x)
+        n, width, h, w = x.shape
+        x = x.flatten(2).transpose(1, 2)
+        y = self.attend(self.norm1(x))
+        x = x + y if self.skip else y
+        y = self.mlp(self.norm2(x))
+        x = x + y if self.skip else y
+        return x.transpose(1, 2).reshape(n, width, h, w)
+
+
+class VGGResNet(nn.Module):
+    """VGG-ResNet(depth, width, down) of the report's Table 1.
+
+    Three stages of widths b, 2b, 4b, `depth` blocks each. `down` is how the second and third stage
+    halve the image: "maxpool", a 2x2 max-pool before the stage, or "stride", stride 2 in its first
+    block. Then global average pooling and one linear layer, which makes class activation maps exact
+    (Zhou et al. 2016, section 2). `block="transformer"` makes the last stage's blocks attention.
+
+    Input (N, channels, H, W) with H and W multiples of 4, else ValueError; logits (N, classes).
+    """
+
+    stride = 4  # input pixels per feature cell
+
+    def __init__(self, depth: int = 2, width: int = 32, down: str = "maxpool", skip: bool = True, norm: bool = True,
+                 act: str = "relu", block: str = "residual", channels: int = 1, classes: int = 10):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for stage in range(3):
+            cout = width * 2**stage
+            kind = TransformerBlock if block == "transformer" and stage == 2 else ResidualBlock
+            halve = down if stage > 0 else "none"
+            if halve == "maxpool":
+                layers.append(nn.MaxPool2d(2))
+            for i in range(depth):
+                stride = 2 if halve == "stride" and i == 0 else 1
+                layers.append(kind(channels, cout, stride, skip, norm, act))
+                channels = cout
+        self.stages = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) -> (N, 4*width, H/4, W/4), what the head averages."""
+        check_size(x, 4)
+        return self.stages(x)
+
+    def head(self, features: Tensor) -> Tensor:
+        # mean, not adaptive pooling: its backward is deterministic on CUDA
+        return self.classifier(features.mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class Level(nn.Module):
+    """One level of an hourglass around the levels below it (Newell et al. 2016, section 3.1).
+
+    Block, 2x2 max-pool, the levels below (or the bottleneck block and its dropout), x2 nearest
+    upsampling, the sum with this level's own output (`inter_skip`), block. (N, cin, H, W) -> same.
+    """
+
+    def __init__(self, cin: int, widths: list[int], inter_skip: bool, dropout: float,
+                 skip: bool, norm: bool, act: str):
+        super().__init__()
+        width = widths[0]
+        self.down = ResidualBlock(cin, width, 1, skip, norm, act)
+        if len(widths) > 1:
+            self.inner = Level(width, widths[1:], inter_skip, dropout, skip, norm, act)
+        else:
+            self.inner = nn.Sequential(ResidualBlock(width, width, 1, skip, norm, act), nn.Dropout(dropout))
+        self.up = ResidualBlock(width, cin, 1, skip, norm, act)
+        self.inter_skip = inter_skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        y = F.interpolate(self.inner(F.max_pool2d(x, 2)), scale_factor=2.0, mode="nearest")
+        return self.up(y + x if self.inter_skip else y)
+
+
+class HourGlass(nn.Module):
+    """HourGlass(n, width) of the report's Table 2: a stem, n hourglasses in a row, a 1x1 head.
+
+    Each hourglass has four levels of widths b, 2b, 4b, 8b. `intra_skip` is the residual add inside
+    every block, `inter_skip` the sum of an encoder level into the decoder level of its size.
+
+    Input (N, channels, H, W) with H and W multiples of 16, else ValueError; logits (N, classes, H, W).
+    """
+
+    stride = 16
+
+    def __init__(self, n: int = 2, width: int = 32, intra_skip: bool = True, inter_skip: bool = True,
+                 norm: bool = True, act: str = "relu", dropout: float = 0.2, channels: int = 3, classes: int = 5):
+        super().__init__()
+        widths = [width * 2**level for level in range(4)]
+        self.stem = ResidualBlock(channels, width, 1, intra_skip, norm, act)
+        self.hourglasses = nn.Sequential(
+            *[Level(width, widths, inter_skip, dropout, intra_skip, norm, act) for _ in range(n)])
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) -> (N, width, H, W), what the 1x1 head reads."""
+        check_size(x, 16)
+        return self.hourglasses(self.stem(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class UNet(nn.Module):
+    """U-Net (Ronneberger et al. 2015, figure 1), padded, with BatchNorm; widths b to 16b.
+
+    Input (N, channels, H, W) with H and W multiples of 16, else ValueError; logits (N, classes, H, W).
+    """
+
+    stride = 16
+
+    def __init__(self, width: int = 32, channels: int = 3, classes: int = 5):
+        super().__init__()
+        widths = [width * 2**level for level in range(5)]
+        self.down = nn.ModuleList([self.double(cin, cout) for cin, cout in zip([channels] + widths, widths)])
+        pairs = list(zip(widths[:0:-1], widths[-2::-1]))  # (16b, 8b) down to (2b, b)
+        self.expand = nn.ModuleList([nn.ConvTranspose2d(cin, cout, 2, 2) for cin, cout in pairs])
+        self.up = nn.ModuleList([self.double(2 * cout, cout) for _, cout in pairs])
+        self.head = nn.Conv2d(width, classes, 1)
+
+    @staticmethod
+    def double(cin: int, cout: int) -> nn.Sequential:
+        return nn.Sequential(conv_norm(cin, cout, 3), nn.ReLU(), conv_norm(cout, cout, 3), nn.ReLU())
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) -> (N, width, H, W), what the 1x1 head reads."""
+        check_size(x, 16)
+        skips: list[Tensor] = []
+        for i, block in enumerate(self.down):
+            x = block(x if i == 0 else F.max_pool2d(x, 2))
+            skips.append(x)
+        for i, (expand, block) in enumerate(zip(self.expand, self.up)):
+            x = block(torch.cat([skips[-2 - i], expand(x)], 1))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """One row a pixel (or image): logits (N, C, ...) -> float32 (M, C), target (N, ...) -> int64 (M,).
+
+    Losses are taken in float32 whatever the network ran in, and on the flat form, because the 2-D
+    cross entropy of CUDA is not deterministic.
+    """
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1]).float(), target.reshape(-1).long()
+
+
+def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean cross entropy over pixels or images; with `weight` (C,) the weighted mean.
+
+    logits (N, C, ...) of any float type, target (N, ...) integer in [0, C).
+    """
+    return F.cross_entropy(*pixels(logits, target), weight=weight)
+
+
+def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - the mean over classes of soft Dice on softmax (Milletari et al. 2016, with plain sums).
+
+    Overlap and mass are summed per class over the whole batch. Classes that no pixel of the batch
+    shows are left out of the mean: they have no overlap to gain, and scoring them 1 would reward
+    predicting nothing. Shapes as in `cross_entropy`; the result is in [0, 1].
+    """
+    logits, target = pixels(logits, target)
+    truth = F.one_hot(target, logits.shape[1]).float()
+    probs = logits.softmax(1)
+    mass = truth.sum(0)
+    dice = 2 * (probs * truth).sum(0) / (probs.sum(0) + mass)
+    present = (mass > 0).float()
+    return 1 - (dice * present).sum() / present.sum()
+
+
+def class_weights(counts: Tensor, power: float) -> Tensor:
+    """float32 (C,): each class's share of the training pixels to the -power, scaled to mean 1.
+
+    counts int64 (C,) of the training split alone; power 1 is the inverse share, 0.5 its square
+    root. A class without a pixel gets weight 0.
+    """
+    share = counts.double() / counts.sum()
+    weight = torch.where(counts > 0, share.clamp_min(1e-12).pow(-power), 0)
+    return (weight / weight.mean()).float()

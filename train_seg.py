@@ -1,0 +1,93 @@
+"""Train and evaluate one segmentation network on the facades: one row of Table 2, one seed.
+
+    python train_seg.py                                  HourGlass(2*32), weighted cross entropy, 40 epochs
+    python train_seg.py --width 64 --loss wce
+    python train_seg.py --hourglasses 4 --no-inter-skip
+    python train_seg.py --arch unet --loss dice --seed 1
+    python train_seg.py --protocol smoke --device cpu    seconds
+
+The same command goes on where a killed run stopped, and does nothing where it is complete.
+"""
+
+import functools
+import sys
+import typing
+from dataclasses import dataclass
+
+import torch
+
+import engine
+import metrics
+import models
+from data import BadInput, find_root, load_facades
+from engine import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(engine.Settings):
+    arch: typing.Literal["hourglass", "unet"] = flag("hourglass", "network; unet takes --width alone")
+    hourglasses: int = flag(2, "hourglasses in a row")
+    width: int = flag(32, "channels at full resolution; they double at each halving")
+    intra_skip: bool = flag(True, "residual add inside each block")
+    inter_skip: bool = flag(True, "sum of each encoder level into the decoder level of its size")
+    norm: bool = flag(True, "BatchNorm after each convolution")
+    act: typing.Literal["relu", "gelu", "none"] = flag("relu", "activation")
+    dropout: float = flag(0.2, "share of the bottleneck's values that are dropped")
+    loss: typing.Literal["wce", "ce", "dice"] = flag("wce", "weighted cross entropy, cross entropy, or Dice")
+    weight_power: float = flag(0.5, "wce: a class weighs its share of the training pixels to the -power")
+    size: int = flag(256, "pixels a side that images and masks are resized to")
+    epochs: int = flag(40, "passes over the training split")
+    batch: int = flag(16, "images a step")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hourglasses", "width"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.size < 16 or self.size % 16:
+            raise BadInput(f"--size {self.size}: must be a multiple of 16, the networks halve four times")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"--dropout {self.dropout}: must be in [0, 1)")
+        for name in ("hourglasses", "intra_skip", "inter_skip", "norm", "act", "dropout"):
+            if self.arch == "unet" and getattr(self, name) != getattr(Config, name):
+                raise BadInput(f"--{name.replace('_', '-')} is a switch of the hourglass; --arch unet takes --width alone")
+
+
+PROTOCOLS = {
+    "report": {},
+    "small": {"epochs": 5, "size": 96},
+    "smoke": {"epochs": 2, "size": 32, "width": 8},
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = engine.parse(Config, PROTOCOLS, __doc__, argv)
+    dataset = load_facades(find_root(cfg.data_root), cfg.split, cfg.size)
+    torch.manual_seed(cfg.seed)
+    if cfg.arch == "unet":
+        model = models.UNet(cfg.width)
+    else:
+        model = models.HourGlass(cfg.hourglasses, cfg.width, cfg.intra_skip, cfg.inter_skip, cfg.norm, cfg.act,
+                                 cfg.dropout)
+    run = engine.Run(cfg, dataset, model)
+    if run.record is None:
+        counts = run.data.train.class_counts(len(dataset.classes))
+        weights = models.class_weights(counts, cfg.weight_power)
+        losses = {"wce": functools.partial(models.cross_entropy, weight=weights), "ce": models.cross_entropy,
+                  "dice": models.dice_loss}
+        if cfg.loss == "wce":
+            print("class weights " + "  ".join(f"{n} {w:.2f}" for n, w in zip(dataset.classes, weights.tolist())))
+        engine.fit(run, losses[cfg.loss], flip=True)
+        scores = {name: metrics.segmentation(engine.predict(run, split), split.targets, dataset.classes)
+                  for name, split in (("train", run.data.train), (dataset.held_out, run.data.test))}
+        run.finish(scores, class_pixels=counts.tolist(), class_weights=weights.tolist() if cfg.loss == "wce" else None)
+    for name, scores in run.record["metrics"].items():
+        print(f"{name}: MAP {100 * scores['map']:.1f}  WGAP {100 * scores['wgap']:.1f}  mIoU {100 * scores['miou']:.1f}"
+              f"  pixel accuracy {100 * scores['pixel_accuracy']:.1f}  ({scores['images']} images)")
+    print(metrics.class_table({f"{split} {key.upper()}": scores[key]
+                               for split, scores in run.record["metrics"].items() for key in ("ap", "iou")}))
+    print("dry run passed" if cfg.dry_run else f"record {run.record_file}")
+
+
+if __name__ == "__main__":
+    sys.exit(engine.guard(main))
