@@ -137,7 +137,8 @@ def steps_per_epoch(split: Split, batch: int) -> int:
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    return (seed + 1 << 32) + epoch
+    """32 mixed bits: torch's CPU generator ignores all bits above them."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 def find_root(flag: str | None) -> Path:
@@ -178,7 +179,7 @@ def from_package(name: str, folder: Path) -> Path:
     run = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True, timeout=600)
     if name == "FashionMNIST":
         run(["apt-get", "download", "dataset-fashion-mnist"])
-        run(["dpkg-deb", "--extract", str(next(folder.glob("*.deb"))), "."])
+        run(["dpkg-deb", "--extract", next(folder.glob("*.deb")).name, "."])
         raw = folder / "usr/share/datasets/fashion-mnist"
         for file in IDX_FILES:
             (raw / file).write_bytes(gzip.decompress((raw / f"{file}.gz").read_bytes()))
@@ -461,4 +462,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (BadInput, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

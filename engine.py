@@ -2,10 +2,10 @@
 
 A script declares its settings as a frozen dataclass on top of `Settings`, and then
 
-    cfg = engine.parse(Config, PROTOCOLS, __doc__)
-    run = engine.Run(cfg, dataset, model)       # resumes, or refuses what it does not match
+    cfg = engine.parse(Config, __doc__, argv, PROTOCOLS)
+    run = engine.Run(cfg, dataset)              # resumes, or refuses what it does not match
     engine.fit(run, loss)
-    run.finish({"train": ..., "test": ...})     # writes OUT/seed<k>.json
+    run.finish(*run.evaluate(score, detail))    # writes OUT/seed<k>.json
 
 An epoch depends on nothing but the weights, the optimiser's state and (seed, epoch), so a killed run
 goes on from its last epoch and ends, on the CPU, with the same bits.
@@ -13,6 +13,7 @@ goes on from its last epoch and ends, on the CPU, with the same bits.
 
 import argparse
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import io
@@ -29,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import models
 from data import BadInput, Dataset, Split
 
 SOURCE = Path(__file__).parent
@@ -85,16 +88,16 @@ PLACE = ("device", "data_root", "out", "dry_run")
 
 
 class Parser(argparse.ArgumentParser):
+    """One line for a wrong flag, where argparse prints the whole usage too."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise BadInput(f"{message}; see {self.prog} -h")
 
 
-def parse(config: type, protocols: dict[str, dict], doc: str, argv: list[str] | None = None) -> typing.Any:
-    """Command line -> config: its defaults, over them the protocol's, over them the flags given."""
-    lines = [f"  {name:<8}" + ("  ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items()) or "the defaults")
-             for name, values in protocols.items()]
-    parser = Parser(description=doc, epilog="protocols:\n" + "\n".join(lines), allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(config: type, doc: str, argv: list[str] | None = None, protocols: dict[str, dict] | None = None) -> typing.Any:
+    """Command line -> config: its defaults, over them the chosen protocol's, over them the flags given."""
+    parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = {setting.name for setting in dataclasses.fields(Settings)}
     for setting in sorted(dataclasses.fields(config), key=lambda setting: setting.name in shared):
         options = {"help": setting.metadata["help"] + ("" if setting.default is None else f" ({setting.default})")}
@@ -106,14 +109,18 @@ def parse(config: type, protocols: dict[str, dict], doc: str, argv: list[str] | 
             options["type"] = setting.type if setting.type in (int, float) else str
             options["metavar"] = options["type"].__name__.upper()
         parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)
+    if protocols is None:
+        return config(**vars(parser.parse_args(argv)))
+    parser.epilog = "protocols:\n" + "\n".join(
+        f"  {name:<8}" + ("  ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items()) or
+                          "the defaults above") for name, values in protocols.items())
     given = vars(parser.parse_args(argv))
-    values = {**protocols[given.get("protocol", "report")], **given}
-    if values.get("out") is None and not values.get("dry_run"):
-        base = config(**{**protocols[given.get("protocol", "report")], "protocol": given.get("protocol", "report")})
-        changed = [f"{name}={value}" for name, value in given.items()
-                   if name not in PLACE + ("seed",) and value != getattr(base, name)]
-        values["out"] = str(Path("runs", parser.prog.removesuffix(".py"), base.protocol, ",".join(changed) or "base"))
-    return config(**values)
+    protocol = given.get("protocol", "report")
+    base = config(**{**protocols[protocol], "protocol": protocol})
+    changed = [f"{name}={value}" for name, value in given.items()
+               if name not in (*PLACE, "seed") and value != getattr(base, name)]
+    out = Path("runs", parser.prog.removesuffix(".py"), protocol, ",".join(changed) or "base")
+    return dataclasses.replace(base, **{"out": str(out), **given})
 
 
 def guard(main: Callable[[], None]) -> int:
@@ -147,6 +154,14 @@ def pick_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from error
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from returning every large tensor's pages to the system: 4 % of a CPU step were page faults."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: the largest block that comes from the heap, 1 GiB
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: the free heap that is kept
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -183,8 +198,18 @@ def read_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch, zipfile and pickle each raise their own for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{path} is no checkpoint of this project, or damaged ({reason}); delete or replace it") from error
+        raise BadInput(f"{path} is no checkpoint of this project, or damaged ({type(error).__name__}); delete or "
+                       f"replace it") from error
+
+
+def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
+    """A finished run's model, in evaluation mode on the device, and its record. BadInput if unfinished."""
+    state = read_checkpoint(path)
+    if "record" not in state:
+        raise BadInput(f"{path} is of an unfinished run (epoch {state['epoch']}); run its training command again")
+    model = models.build(state["record"]["config"])
+    model.load_state_dict(state["model"])
+    return model.to(device, memory_format=torch.channels_last).eval(), state["record"]
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -221,7 +246,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
         name = f"{model}, {torch.get_num_threads()} threads"
     return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes),
             "source_sha256": data.tree_digest([(path.name, path.read_bytes()) for path in SOURCE.glob("*.py")]),
-            "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "python": platform.python_version(), "torch": str(torch.__version__), "torchvision": torchvision.__version__,
             "platform": platform.platform(), "device": name, "precision": str(dtype).removeprefix("torch.")}
 
 
@@ -235,25 +260,29 @@ def jsonable(value: typing.Any) -> typing.Any:
 
 
 class Run:
-    """One row, one seed: the model and the data on their device, and the run's two files.
+    """One row, one seed: the model and the data on their device, and the run's files.
 
     OUT/seed<k>.pt is the checkpoint, rewritten every epoch, and in the end the trained model with its
-    record; OUT/seed<k>.json is the record, written last: where it exists, the run is complete, and
-    `record` holds it. BadInput if either file belongs to other settings, data or another model.
+    record; seed<k>.npz holds results per image; seed<k>.json is the record, written last: where it
+    exists, the run is complete, and `record` holds it. BadInput if a file belongs to other settings,
+    data or another model.
     """
 
-    def __init__(self, cfg: Settings, dataset: Dataset, model: nn.Module):
+    def __init__(self, cfg: Settings, dataset: Dataset):
+        self.device = pick_device(cfg.device)
         if cfg.dry_run:
             self.scratch = tempfile.TemporaryDirectory()
             cfg = dataclasses.replace(cfg, epochs=1, out=self.scratch.name)
             one = lambda tensor: tensor[:cfg.batch]
             dataset = dataclasses.replace(dataset, train=dataset.train.map(one), test=dataset.test.map(one))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.cfg = cfg
-        self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.precision, self.device)
         self.data = dataset.to(self.device)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+        torch.manual_seed(cfg.seed)
+        self.model = models.build(dataclasses.asdict(cfg)).to(self.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         config = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in PLACE}
         self.identity = {"script": Path(sys.argv[0]).name, "config": config, "data": dataset.digest}
@@ -301,8 +330,21 @@ class Run:
         torch.save(state, buffer)
         write_atomic(self.checkpoint, buffer.getbuffer())
 
-    def finish(self, metrics: dict[str, dict], **more: typing.Any) -> dict:
-        """Write the run record and the trained model; `metrics` is {split: what the model reached}."""
+    def evaluate(self, score: Callable[[Tensor, Tensor, tuple], dict],
+                 detail: Callable[[Tensor, Split], dict]) -> tuple[dict[str, dict], dict]:
+        """Read both splits, once, at the end.
+
+        {split: score(logits, targets, class names)} for the record, and detail(logits, held-out
+        split), arrays per image or photo that an interval over the held-out images needs.
+        """
+        scores = {}
+        for name, split in (("train", self.data.train), (self.data.held_out, self.data.test)):
+            logits = predict(self.model, self.data, split, self.cfg.batch, self.dtype)
+            scores[name] = score(logits, split.targets, self.data.classes)
+        return scores, detail(logits, split)
+
+    def finish(self, metrics: dict[str, dict], arrays: dict, **more: typing.Any) -> None:
+        """Write the trained model, the arrays and, last, the record: where it exists, all is there."""
         described = {name: getattr(self.data, name) for name in ("name", "synthetic", "classes", "mean", "std")}
         images = self.data.train.images
         self.record = jsonable({
@@ -312,17 +354,21 @@ class Run:
             "environment": environment(self.device, self.dtype), "train_seconds": round(self.seconds, 2),
             "curve": {"loss": self.curve}, "metrics": metrics, "weights_sha256": weights_digest(self.model), **more})
         self.save(record=self.record)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_atomic(self.record_file.with_suffix(".npz"), buffer.getbuffer())
         write_atomic(self.record_file, (json.dumps(self.record, indent=1) + "\n").encode())
-        return self.record
+        if self.cfg.dry_run:
+            self.scratch.cleanup()
 
 
 # ---- training and evaluation ----
 
-def forward(run: Run, images: Tensor) -> Tensor:
+def forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits in float32. The head runs outside autocast: bfloat16 logits would tie in the ranking of AP."""
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        features = run.model.features(images)
-    return run.model.head(features.float())
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        features = model.features(images)
+    return model.head(features.float())
 
 
 def learning_rate(peak: float, warmup: float, step: int, steps: int) -> float:
@@ -354,7 +400,7 @@ def fit(run: Run, loss_fn: Callable[[Tensor, Tensor], Tensor], flip: bool = Fals
         for step, (images, targets) in enumerate(data.shuffled_batches(run.data, cfg.batch, cfg.seed, epoch, flip)):
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(cfg.lr, cfg.warmup, epoch * steps + step, cfg.epochs * steps)
-            loss = loss_fn(step_forward(run, images), targets)
+            loss = loss_fn(step_forward(run.model, images, run.dtype), targets)
             run.optimizer.zero_grad(set_to_none=True)
             run.scaler.scale(loss).backward()
             run.scaler.step(run.optimizer)
@@ -382,7 +428,7 @@ def checked(loss: Tensor, epoch: int) -> float:
 
 
 @torch.inference_mode()
-def predict(run: Run, split: Split) -> Tensor:
-    """Logits of a whole split in order, in evaluation mode: float32 (N, classes, ...) on the run's device."""
-    run.model.eval()
-    return torch.cat([forward(run, images) for images, _ in data.batches(run.data, split, run.cfg.batch)])
+def predict(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> Tensor:
+    """Logits of a whole split in order, in evaluation mode: float32 (N, classes, ...) on its device."""
+    model.eval()
+    return torch.cat([forward(model, images, dtype) for images, _ in data.batches(dataset, split, batch)])

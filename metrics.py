@@ -58,10 +58,51 @@ def average_precisions(scores: Tensor, target: Tensor) -> list[float]:
     return [average_precision(scores[:, c].reshape(-1), target == c) for c in range(scores.shape[1])]
 
 
+BINS = 96  # of log-odds from -12 to 12, a quarter each
+
+
+def score_histograms(probs: Tensor, target: Tensor, group: Tensor) -> dict[str, np.ndarray]:
+    """How the scores of each class lie, per group of images: all that AP on resampled groups needs.
+
+    probs (N, C, H, W) float32 in [0, 1], target (N, H, W), group (N,) an integer per image, such as
+    its photo. Returns int32 (groups, C, BINS) `hits` and `misses`, pixels of the class and not of
+    it by score, and `groups`, the sorted distinct values of `group`.
+    """
+    classes = probs.shape[1]
+    groups, which = group.unique(return_inverse=True)
+    bins = ((torch.logit(probs, eps=1e-6) + 12) * (BINS / 24)).long().clamp_(0, BINS - 1)
+    is_class = target.unsqueeze(1) == torch.arange(classes, device=target.device).view(1, -1, 1, 1)
+    cell = ((which.view(-1, 1, 1, 1) * classes + torch.arange(classes, device=target.device).view(1, -1, 1, 1)) * BINS
+            + bins) * 2 + is_class
+    counts = torch.bincount(cell.reshape(-1), minlength=len(groups) * classes * BINS * 2)
+    counts = counts.reshape(len(groups), classes, BINS, 2).to(torch.int32).cpu().numpy()
+    return {"hits": counts[..., 1], "misses": counts[..., 0], "groups": groups.cpu().numpy()}
+
+
+def binned_average_precision(hits: np.ndarray, misses: np.ndarray) -> np.ndarray:
+    """AP from pixel counts (..., BINS) by ascending score, NaN where there is no hit.
+
+    The hits of a bin get the precision at its middle, as if its pixels were evenly mixed: taking
+    them as tied would lose the ranking inside the bin and lower every AP.
+    """
+    hits, misses = hits[..., ::-1].astype(np.float64), misses[..., ::-1].astype(np.float64)
+    true, false = (np.cumsum(counts, -1) - counts / 2 for counts in (hits, misses))
+    total = hits.sum(-1)
+    ranked = (hits * true / np.maximum(true + false, 0.5)).sum(-1)
+    return np.divide(ranked, total, out=np.full_like(total, np.nan), where=total > 0)
+
+
 def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
     """int64 (classes, classes): how many of true class i (row) were predicted as j (column)."""
     index = target.reshape(-1).long() * classes + prediction.reshape(-1).long()
     return torch.bincount(index, minlength=classes**2).reshape(classes, classes)
+
+
+def ious(counts: Tensor) -> list[float]:
+    """IoU of each class from a confusion matrix; NaN for a class that the target lacks."""
+    counts = counts.double()
+    iou = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
+    return iou.where(counts.sum(1) > 0, torch.nan).tolist()
 
 
 def mean_present(values: list[float]) -> float:
@@ -95,17 +136,15 @@ def segmentation(logits: Tensor, target: Tensor, names: list[str]) -> dict:
     whole split. A class that no pixel of the target shows has NaN for AP and IoU and is left out of
     the means; `classes_counted` says how many were not.
     """
-    counts = confusion(logits.argmax(1), target, len(names)).double()
-    present = counts.sum(1) > 0
-    iou = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
-    iou = iou.where(present, torch.nan).tolist()
+    counts = confusion(logits.argmax(1), target, len(names))
+    iou = ious(counts)
     ap = average_precisions(logits.softmax(1), target)
     ap_logits = average_precisions(logits, target)
     return {"map": mean_present(ap), "wgap": worst_present(ap), "ap": dict(zip(names, ap)),
             "map_logits": mean_present(ap_logits), "ap_logits": dict(zip(names, ap_logits)),
             "miou": mean_present(iou), "iou": dict(zip(names, iou)),
             "pixel_accuracy": (counts.diag().sum() / counts.sum()).item(),
-            "classes_counted": int(present.sum()), "images": len(target)}
+            "classes_counted": int((counts.sum(1) > 0).sum()), "images": len(target)}
 
 
 def class_table(columns: dict[str, dict[str, float | None]]) -> str:

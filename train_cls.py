@@ -12,8 +12,6 @@ import sys
 import typing
 from dataclasses import dataclass
 
-import torch
-
 import engine
 import metrics
 import models
@@ -49,15 +47,13 @@ PROTOCOLS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, PROTOCOLS, __doc__, argv)
+    cfg = engine.parse(Config, __doc__, argv, PROTOCOLS)
     dataset = load_fashion(find_root(cfg.data_root), cfg.split, cfg.train_images)
-    torch.manual_seed(cfg.seed)
-    model = models.VGGResNet(cfg.depth, cfg.width, cfg.down, cfg.skip, cfg.norm, cfg.act, cfg.block)
-    run = engine.Run(cfg, dataset, model)
+    run = engine.Run(cfg, dataset)
     if run.record is None:
         engine.fit(run, models.cross_entropy)
-        run.finish({name: metrics.classification(engine.predict(run, split), split.targets, dataset.classes)
-                    for name, split in (("train", run.data.train), (dataset.held_out, run.data.test))})
+        run.finish(*run.evaluate(metrics.classification, lambda logits, _: {
+            "prediction": logits.argmax(1).byte().cpu().numpy()}))
     for name, scores in run.record["metrics"].items():
         print(f"{name} accuracy {100 * scores['accuracy']:.2f}% of {scores['images']} images")
     print("dry run passed" if cfg.dry_run else f"record {run.record_file}")

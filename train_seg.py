@@ -14,8 +14,6 @@ import sys
 import typing
 from dataclasses import dataclass
 
-import torch
-
 import engine
 import metrics
 import models
@@ -61,15 +59,9 @@ PROTOCOLS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, PROTOCOLS, __doc__, argv)
+    cfg = engine.parse(Config, __doc__, argv, PROTOCOLS)
     dataset = load_facades(find_root(cfg.data_root), cfg.split, cfg.size)
-    torch.manual_seed(cfg.seed)
-    if cfg.arch == "unet":
-        model = models.UNet(cfg.width)
-    else:
-        model = models.HourGlass(cfg.hourglasses, cfg.width, cfg.intra_skip, cfg.inter_skip, cfg.norm, cfg.act,
-                                 cfg.dropout)
-    run = engine.Run(cfg, dataset, model)
+    run = engine.Run(cfg, dataset)
     if run.record is None:
         counts = run.data.train.class_counts(len(dataset.classes))
         weights = models.class_weights(counts, cfg.weight_power)
@@ -78,9 +70,10 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.loss == "wce":
             print("class weights " + "  ".join(f"{n} {w:.2f}" for n, w in zip(dataset.classes, weights.tolist())))
         engine.fit(run, losses[cfg.loss], flip=True)
-        scores = {name: metrics.segmentation(engine.predict(run, split), split.targets, dataset.classes)
-                  for name, split in (("train", run.data.train), (dataset.held_out, run.data.test))}
-        run.finish(scores, class_pixels=counts.tolist(), class_weights=weights.tolist() if cfg.loss == "wce" else None)
+        scores, arrays = run.evaluate(metrics.segmentation, lambda logits, split: metrics.score_histograms(
+            logits.softmax(1), split.targets, split.photos))
+        run.finish(scores, arrays, class_pixels=counts.tolist(),
+                   class_weights=weights.tolist() if cfg.loss == "wce" else None)
     for name, scores in run.record["metrics"].items():
         print(f"{name}: MAP {100 * scores['map']:.1f}  WGAP {100 * scores['wgap']:.1f}  mIoU {100 * scores['miou']:.1f}"
               f"  pixel accuracy {100 * scores['pixel_accuracy']:.1f}  ({scores['images']} images)")

@@ -1,0 +1,127 @@
+"""Look at what a trained model does.
+
+    python interpret.py --checkpoint runs/.../seed0.pt --figure predictions.png
+
+draws predictions for the held-out images of a finished run. Segmentation: image, truth, prediction
+and errors of the best, the median and the worst images by mean IoU. Classification: of each class
+the first image that is predicted right and the first that is predicted wrong.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import engine
+import metrics
+from data import BadInput, Dataset
+from engine import flag
+
+matplotlib.use("Agg")  # draws to files, needs no screen
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+
+# Okabe and Ito's colours, which every kind of colour vision tells apart, in the order of FACADE_CLASSES
+PALETTE = np.array([(60, 60, 60), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115)], dtype=np.uint8)
+WRONG = np.array((213, 94, 0), dtype=np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    checkpoint: str | None = flag(None, "seed<k>.pt of a finished run")
+    figure: str = flag("predictions.png", "picture to write: .png, .pdf or .svg")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
+    data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
+
+
+def load_data(record: dict, root: Path) -> Dataset:
+    """The data set that a record's run was trained and tested on. BadInput if the root holds another."""
+    config = record["config"]
+    if "arch" in config:
+        dataset = data.load_facades(root, config["split"], config["size"])
+    else:
+        dataset = data.load_fashion(root, config["split"], config["train_images"])
+    if dataset.digest != record["data"]:
+        raise BadInput(f"data root {root} holds {dataset.name} {dataset.digest[:12]}, the checkpoint was trained on "
+                       f"{record['about_data']['name']} {record['data'][:12]}; name the root with --data-root")
+    return dataset
+
+
+def draw_segmentation(dataset: Dataset, logits: Tensor, title: str) -> Figure:
+    """Four columns (image, truth, prediction, errors), a row for the best, two median and two worst images."""
+    names, split, prediction = dataset.classes, dataset.test, logits.argmax(1).cpu()
+    scores = []
+    for guess, truth in zip(prediction, split.targets):
+        iou = metrics.ious(metrics.confusion(guess, truth, len(names)))
+        scores.append(metrics.mean_present(iou))
+    order = np.argsort(scores)[::-1]
+    n = len(order)
+    rows = {"best": 0, "median": n // 2, "next to worst": n - 2, "worst": n - 1}
+    figure, axes = plt.subplots(len(rows), 4, figsize=(8.4, 2.15 * len(rows) + 0.9), layout="constrained")
+    for row, (label, rank) in zip(axes, rows.items()):
+        i = int(order[max(rank, 0)])
+        image, truth = split.images[i].permute(1, 2, 0).numpy(), split.targets[i].numpy()
+        grey = np.repeat(image.mean(2, keepdims=True) * 0.5 + 110, 3, 2).astype(np.uint8)
+        wrong = (prediction[i].numpy() != truth)[..., None]
+        panels = {"image": image, "truth": PALETTE[truth], "prediction": PALETTE[prediction[i].numpy()],
+                  "errors": np.where(wrong, WRONG, grey)}
+        for ax, (name, panel) in zip(row, panels.items()):
+            ax.imshow(panel, interpolation="nearest")
+            ax.set(xticks=[], yticks=[], title=name if row is axes[0] else "")
+        row[0].set_ylabel(f"{label}: no. {i}\nmean IoU {100 * scores[i]:.0f} %")
+        row[3].set_xlabel(f"{100 * wrong.mean():.0f} % of pixels wrong")
+    figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=name)
+                           for name, colour in zip(names, PALETTE)], loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
+    """Two rows, a column for each class: its first image that is predicted right, its first that is wrong."""
+    probability, prediction = (t.cpu() for t in logits.softmax(1).max(1))
+    right = prediction == dataset.test.targets
+    figure, axes = plt.subplots(2, len(dataset.classes), figsize=(12, 3.5), layout="constrained")
+    for row, (label, hit) in zip(axes, (("right", right), ("wrong", ~right))):
+        row[0].set_ylabel(label)
+        for c, (ax, name) in enumerate(zip(row, dataset.classes)):
+            ax.set(xticks=[], yticks=[], title=name if label == "right" else "")
+            found = (hit & (dataset.test.targets == c)).nonzero().flatten()
+            if len(found):
+                i = int(found[0])
+                ax.imshow(dataset.test.images[i, 0], cmap="gray")
+                ax.set_xlabel(f"{dataset.classes[prediction[i]]}\n{100 * probability[i]:.0f} %")
+            else:
+                ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes)
+    figure.suptitle(title)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = engine.parse(Config, __doc__, argv)
+    if cfg.checkpoint is None:
+        raise BadInput("--checkpoint is missing: name the seed<k>.pt of a finished run")
+    device = engine.pick_device(cfg.device)
+    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    dataset = load_data(record, data.find_root(cfg.data_root))
+    on_device = dataset.to(device)
+    logits = engine.predict(model, on_device, on_device.test, record["config"]["batch"],
+                            getattr(torch, record["environment"]["precision"]))
+    scores = record["metrics"][dataset.held_out]
+    kind = f"{dataset.name}{' (drawn by a program)' if dataset.synthetic else ''}, {len(dataset.test)} {dataset.held_out} images"
+    if "map" in scores:
+        figure = draw_segmentation(dataset, logits, f"{kind}: MAP {100 * scores['map']:.1f} %, WGAP {100 * scores['wgap']:.1f} %")
+    else:
+        figure = draw_classification(dataset, logits, f"{kind}: accuracy {100 * scores['accuracy']:.2f} %")
+    Path(cfg.figure).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(cfg.figure, dpi=110)
+    print(f"figure {cfg.figure}")
+
+
+if __name__ == "__main__":
+    sys.exit(engine.guard(main))

@@ -1,0 +1,305 @@
+"""The training loop: it resumes bit for bit, loses nothing, and refuses what does not match, in one line."""
+
+import errno
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+import models
+import train_cls
+import train_seg
+
+REPO = Path(__file__).parents[1]
+TINY = ["--protocol", "smoke", "--size", "32", "--width", "4", "--batch", "2", "--device", "cpu"]
+
+
+def run_seg(root, out, *flags):
+    """Train in this process; the script's exit code."""
+    return engine.guard(lambda: train_seg.main([*TINY, "--data-root", str(root), "--out", str(out), *flags]))
+
+
+def result(out):
+    """What a run computed, without when and where: weights, losses, metrics."""
+    record = json.loads((Path(out) / "seed0.json").read_text())
+    return {key: record[key] for key in ("weights_sha256", "curve", "metrics", "config", "data")}
+
+
+def one_error(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ---- resume ----
+
+def kill_in_the_middle(command, last_line):
+    """Start a run, SIGKILL it as soon as it has printed this line; its exit code."""
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
+        for line in process.stdout:
+            if line.startswith(last_line):
+                process.send_signal(signal.SIGKILL)
+    return process.returncode
+
+
+def check_killed_equals_uninterrupted(command, tmp_path, epochs):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, "--out", str(whole)], cwd=REPO, check=True, capture_output=True)
+    for epoch in (1, epochs // 2):
+        assert kill_in_the_middle([*command, "--out", str(broken)], f"epoch {epoch}/{epochs}") == -signal.SIGKILL
+        assert not (broken / "seed0.json").exists()
+    again = subprocess.run([*command, "--out", str(broken)], cwd=REPO, check=True, capture_output=True, text=True)
+    assert "goes on after epoch" in again.stderr
+    assert result(broken) == result(whole)
+    for name, tensor in torch.load(broken / "seed0.pt", weights_only=True)["model"].items():
+        assert torch.equal(tensor, torch.load(whole / "seed0.pt", weights_only=True)["model"][name]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_killed_segmentation_run_ends_with_the_same_bits(tiny_root, tmp_path, precision):
+    command = [sys.executable, "train_seg.py", *TINY, "--epochs", "12", "--precision", precision,
+               "--data-root", str(tiny_root)]
+    check_killed_equals_uninterrupted(command, tmp_path, 12)
+
+
+def test_a_killed_classification_run_ends_with_the_same_bits(fashion_root, tmp_path):
+    command = [sys.executable, "train_cls.py", "--protocol", "smoke", "--epochs", "6", "--device", "cpu",
+               "--data-root", str(fashion_root)]
+    check_killed_equals_uninterrupted(command, tmp_path, 6)
+
+
+def test_a_complete_run_is_not_run_again(tiny_root, tmp_path, monkeypatch, capsys):
+    assert run_seg(tiny_root, tmp_path) == 0
+    first = capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(engine, "fit", lambda *a, **k: pytest.fail("trained again"))
+    assert run_seg(tiny_root, tmp_path) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == first
+
+
+def test_a_run_killed_between_model_and_record_only_evaluates(tiny_root, tmp_path):
+    run_seg(tiny_root, tmp_path)
+    expected = result(tmp_path)
+    (tmp_path / "seed0.json").unlink()
+    assert run_seg(tiny_root, tmp_path) == 0 and result(tmp_path) == expected
+
+
+def test_seeds_and_repeats(tiny_root, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run_seg(tiny_root, tmp_path / name, "--seed", str(seed)) == 0
+    assert result(tmp_path / "a") == result(tmp_path / "b")
+    other = json.loads((tmp_path / "c/seed1.json").read_text())
+    assert other["weights_sha256"] != result(tmp_path / "a")["weights_sha256"]
+
+
+# ---- refusals: the file, the difference, the remedy, exit code 2 ----
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_configuration_in_the_same_place_is_refused(tiny_root, tmp_path, capsys, finished):
+    run_seg(tiny_root, tmp_path)
+    if not finished:
+        (tmp_path / "seed0.json").unlink()
+    assert run_seg(tiny_root, tmp_path, "--dropout", "0") == 2
+    assert "dropout 0.2 there, 0.0 here" in one_error(capsys)
+
+
+def test_other_data_in_the_same_place_are_refused(tiny_root, tmp_path, capsys):
+    run_seg(tiny_root, tmp_path)
+    mask = tiny_root / "mini_facade/train/eecs442_0000.png"
+    mask.write_bytes((tiny_root / "mini_facade/train/eecs442_0001.png").read_bytes())
+    assert run_seg(tiny_root, tmp_path) == 2
+    assert "made with other settings (data" in one_error(capsys)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def foreign(path):
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def hostile(path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch pwned",)
+    torch.save(Evil(), path)
+
+
+@pytest.mark.parametrize("damage", [truncate, foreign, hostile, lambda p: p.write_bytes(b""),
+                                    lambda p: p.write_text("not a checkpoint"),
+                                    lambda p: zipfile.ZipFile(p, "w").close()],
+                         ids=["truncated", "foreign", "hostile", "empty", "text", "empty zip"])
+def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_root, tmp_path, capsys, damage):
+    run_seg(tiny_root, tmp_path)
+    (tmp_path / "seed0.json").unlink()
+    damage(tmp_path / "seed0.pt")
+    assert run_seg(tiny_root, tmp_path) == 2
+    assert "seed0.pt is no checkpoint of this project, or damaged" in one_error(capsys)
+    assert not Path("pwned").exists()
+
+
+def test_weights_of_another_version_of_the_model_are_refused(tiny_root, tmp_path, capsys, monkeypatch):
+    run_seg(tiny_root, tmp_path)
+    (tmp_path / "seed0.json").unlink()
+    monkeypatch.setattr(models, "build", lambda settings: models.HourGlass(1, 4))
+    assert run_seg(tiny_root, tmp_path) == 2
+    assert "another version of this model" in one_error(capsys)
+
+
+# ---- places that cannot be written ----
+
+def test_a_full_disk_is_said_before_training_starts(tiny_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "fit", lambda *a, **k: pytest.fail("trained"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no file can grow past 20 kB: a write fails midway
+    try:
+        code = run_seg(tiny_root, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and "seed0.pt" in one_error(capsys)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("write", [2, 4, 5, 6],
+                         ids=["a checkpoint", "the trained model", "the arrays", "the record"])
+def test_a_disk_that_fills_up_later_loses_nothing(tiny_root, tmp_path, capsys, monkeypatch, write):
+    run_seg(tiny_root, tmp_path / "whole")
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == write:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert run_seg(tiny_root, tmp_path / "broken") == 2
+    message = one_error(capsys)
+    assert "No space left on device" in message and "seed0" in message
+    left = {path.name for path in (tmp_path / "broken").iterdir()}
+    assert left == ({"seed0.pt", "seed0.npz"} if write == 6 else {"seed0.pt"})
+    assert run_seg(tiny_root, tmp_path / "broken") == 0 and result(tmp_path / "broken") == result(tmp_path / "whole")
+
+
+def test_a_read_only_folder_is_said_before_training_starts(tiny_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "fit", lambda *a, **k: pytest.fail("trained"))
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    out = locked / "out" if os.geteuid() else Path("/sys/out")  # root may write anywhere but there
+    assert run_seg(tiny_root, out) == 2
+    assert one_error(capsys).startswith(f"error: {out}: ")
+
+
+def test_a_file_where_the_folder_should_be(tiny_root, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert run_seg(tiny_root, tmp_path / "out") == 2
+    assert "out" in one_error(capsys)
+
+
+# ---- the loop ----
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(tiny_root, tmp_path, capsys, monkeypatch):
+    real, calls = models.cross_entropy, []
+
+    def diverging(logits, target, weight=None):
+        calls.append(1)
+        return real(logits, target, weight) * (math.nan if len(calls) > 3 else 1)  # from the second epoch on
+
+    monkeypatch.setattr(models, "cross_entropy", diverging)
+    assert run_seg(tiny_root, tmp_path) == 1
+    assert "the loss is nan in epoch 2: training diverged; lower --lr" in one_error(capsys)
+    state = engine.read_checkpoint(tmp_path / "seed0.pt")
+    assert state["epoch"] == 1 and all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_out_of_memory_names_the_flags_to_lower(capsys):
+    def hungry():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert engine.guard(hungry) == 2 and "lower --batch first, then --size or --width" in one_error(capsys)
+    assert engine.guard(lambda: torch.empty(2**60)) == 2
+    with pytest.raises(RuntimeError, match="a bug"):  # what is not the user's to mend keeps its traceback
+        engine.guard(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_an_interrupt_says_how_to_go_on(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+    assert engine.guard(interrupted) == 130 and "the same command goes on" in one_error(capsys)
+
+
+def test_the_learning_rate():
+    rate = lambda warmup, step: engine.learning_rate(2.0, warmup, step, 100)
+    assert rate(0, 0) == 2 and rate(0, 50) == pytest.approx(1) and 0 < rate(0, 99) < 0.001
+    assert rate(0.2, 0) == pytest.approx(0.1) and rate(0.2, 19) == pytest.approx(2) and rate(0.2, 60) == pytest.approx(1)
+    climb = [rate(0.2, step) for step in range(100)]
+    assert max(climb) == climb[19] and climb[20:] == sorted(climb[20:], reverse=True)
+
+
+def test_it_learns_and_adam_equals_the_plain_loop(tiny_root, tmp_path):
+    """Two epochs of the engine, against the loop as a textbook has it, in fp32: the same weights."""
+    assert run_seg(tiny_root, tmp_path, "--precision", "fp32", "--loss", "ce", "--dropout", "0") == 0
+    cfg = train_seg.Config(protocol="smoke", size=32, width=4, dropout=0.0)
+    torch.manual_seed(0)
+    model = models.HourGlass(2, 4, dropout=0.0).train()
+    optimizer = torch.optim.Adam(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    dataset = engine.data.load_facades(tiny_root, size=32)
+    losses = []
+    for epoch in range(2):
+        for step, (x, y) in enumerate(engine.data.shuffled_batches(dataset, 2, 0, epoch, True)):
+            optimizer.param_groups[0]["lr"] = cfg.lr * (1 + math.cos(math.pi * (3 * epoch + step) / 6)) / 2
+            loss = torch.nn.functional.cross_entropy(model(x), y.long())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert result(tmp_path)["curve"]["loss"] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-4)
+
+
+def test_the_head_gives_float32_logits_whatever_the_precision():
+    model = models.HourGlass(1, 8).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert engine.forward(model, torch.randn(1, 3, 32, 32), dtype).dtype == torch.float32
+    logits = engine.forward(model, torch.randn(1, 3, 64, 64), torch.bfloat16)
+    assert len(logits[0, 0].unique()) > 3000  # of 4096: bfloat16 logits would tie in most
+
+
+def test_compile_trains_to_the_same_loss(tiny_root, tmp_path):
+    flags = ["--precision", "fp32", "--epochs", "1", "--dropout", "0", "--hourglasses", "1"]
+    assert run_seg(tiny_root, tmp_path / "plain", *flags) == 0
+    assert run_seg(tiny_root, tmp_path / "compiled", *flags, "--compile") == 0
+    losses = [result(tmp_path / name)["curve"]["loss"][0] for name in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_multiply_adds_by_hand():
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+    assert engine.multiply_adds(conv, torch.Size([3, 10, 10])) == 9 * 3 * 8 * 100
+    assert engine.multiply_adds(models.VGGResNet(), torch.Size([1, 28, 28])) == 73_308_416
+
+
+def test_a_record_traces_the_run(tiny_root, tmp_path):
+    run_seg(tiny_root, tmp_path)
+    record = json.loads((tmp_path / "seed0.json").read_text())
+    assert record["config"]["width"] == 4 and record["about_data"]["train_images"] == 6
+    assert record["environment"]["torch"] == str(torch.__version__) and record["environment"]["source_sha256"]
+    assert set(record["metrics"]) == {"train", "test"} and record["class_pixels"] and len(record["class_weights"]) == 5
+    assert record["parameters"] == sum(p.numel() for p in models.HourGlass(2, 4).parameters())
+    model, same = engine.load_trained(tmp_path / "seed0.pt", torch.device("cpu"))
+    assert same == record and engine.weights_digest(model) == record["weights_sha256"]
+
+
+def test_train_cls_config_matches_the_constructor():
+    cfg = train_cls.Config(depth=1, width=8, down="stride", skip=False, act="gelu")
+    model = models.build(vars(cfg))
+    assert not any(m.skip for m in model.modules() if isinstance(m, models.ResidualBlock))

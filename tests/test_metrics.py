@@ -1,0 +1,167 @@
+"""Average precision against scikit-learn on made-up inputs, and everything else by hand."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sklearn.metrics import average_precision_score, confusion_matrix, jaccard_score
+
+import metrics
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+finite = st.floats(-1e6, 1e6, width=32)
+few = st.sampled_from([0.0, -0.0, 0.25, 0.5, 1.0])  # ties everywhere
+
+
+def oracle(scores, positive):
+    if not positive.any():
+        return math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return average_precision_score(positive, scores)
+
+
+def same(found, expected):
+    return math.isnan(found) and math.isnan(expected) or abs(found - expected) <= 1e-12
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("elements", [finite, few], ids=["any", "ties"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@settings(max_examples=150, deadline=None)
+@given(pairs=st.data())
+def test_average_precision_is_scikit_learns(device, elements, dtype, pairs):
+    n = pairs.draw(st.integers(1, 60))
+    scores = pairs.draw(hnp.arrays(dtype, n, elements=elements))
+    positive = pairs.draw(hnp.arrays(bool, n))
+    found = metrics.average_precision(torch.from_numpy(scores).to(device), torch.from_numpy(positive).to(device))
+    assert same(found, oracle(scores, positive))
+
+
+@pytest.mark.parametrize("scores, positive", [
+    ([0.3] * 7, [1, 0, 0, 1, 0, 0, 0]), ([0.1, 0.2, 0.3], [1, 1, 1]), ([0.1, 0.2, 0.3], [0, 0, 0]), ([0.5], [1]),
+    ([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0])], ids=["constant", "all positive", "no positive", "one", "mixed"])
+def test_average_precision_corners(scores, positive):
+    scores, positive = np.array(scores), np.array(positive, dtype=bool)
+    assert same(metrics.average_precision(torch.tensor(scores), torch.tensor(positive)), oracle(scores, positive))
+
+
+def test_average_precision_by_hand():
+    # ranks 1 and 3 are hits: (1/1 + 2/3) / 2; then a tie of one hit and one miss enters together: 1/2
+    assert metrics.average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True])) == \
+        pytest.approx((1 + 2 / 3) / 2, abs=1e-15)
+    assert metrics.average_precision(torch.tensor([0.5, 0.5]), torch.tensor([True, False])) == 0.5
+
+
+def test_average_precision_of_many_tied_pixels():
+    generator = np.random.default_rng(0)
+    scores = (generator.random(300_000) * 200).round().astype(np.float32) / 200
+    positive = generator.random(300_000) < scores * 0.05
+    assert abs(metrics.average_precision(torch.from_numpy(scores), torch.from_numpy(positive))
+               - oracle(scores, positive)) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_upcast_exactly(dtype):
+    scores, positive = torch.rand(500).to(dtype), torch.rand(500) < 0.3
+    assert metrics.average_precision(scores, positive) == metrics.average_precision(scores.float(), positive)
+    assert same(metrics.average_precision(scores, positive), oracle(scores.float().numpy(), positive.numpy()))
+
+
+@pytest.mark.parametrize("scores, positive, message", [
+    (torch.tensor([0.1, math.nan]), torch.tensor([True, False]), "finite"),
+    (torch.tensor([0.1, math.inf]), torch.tensor([True, False]), "finite"),
+    (torch.tensor([1, 2]), torch.tensor([True, False]), "floating-point"),
+    (torch.rand(3), torch.tensor([True, False]), "equal"),
+    (torch.rand(2, 2), torch.ones(2, 2, dtype=torch.bool), "1-D")])
+def test_average_precision_refuses(scores, positive, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.average_precision(scores, positive)
+
+
+NAMES = ("a", "b", "c")
+
+
+def test_segmentation_against_scikit_learn():
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
+    found = metrics.segmentation(logits, target, NAMES)
+    probs, flat = logits.softmax(1).permute(0, 2, 3, 1).reshape(-1, 3).numpy(), target.reshape(-1).numpy()
+    for c, name in enumerate(NAMES):
+        assert abs(found["ap"][name] - average_precision_score(flat == c, probs[:, c])) <= 1e-12
+        raw = logits[:, c].reshape(-1).numpy()
+        assert abs(found["ap_logits"][name] - average_precision_score(flat == c, raw)) <= 1e-12
+    assert found["map"] == pytest.approx(sum(found["ap"].values()) / 3)
+    assert found["wgap"] == min(found["ap"].values())
+    prediction = logits.argmax(1).reshape(-1).numpy()
+    assert list(found["iou"].values()) == pytest.approx(jaccard_score(flat, prediction, average=None).tolist())
+    assert found["pixel_accuracy"] == pytest.approx((prediction == flat).mean())
+    assert metrics.confusion(logits.argmax(1), target, 3).tolist() == confusion_matrix(flat, prediction).tolist()
+    assert found["classes_counted"] == 3 and found["images"] == 4
+
+
+def test_an_absent_class_is_nan_and_left_out_of_the_means():
+    logits = torch.zeros(1, 3, 1, 4)
+    logits[0, 0, 0, :2] = logits[0, 1, 0, 2:] = 9
+    found = metrics.segmentation(logits, torch.tensor([[[0, 0, 1, 1]]]), NAMES)
+    assert math.isnan(found["ap"]["c"]) and math.isnan(found["iou"]["c"])
+    assert found["map"] == found["wgap"] == found["miou"] == 1 and found["classes_counted"] == 2
+
+
+def test_an_all_background_prediction_scores_low():
+    logits = torch.zeros(1, 3, 10, 10)
+    logits[:, 0] = 9
+    target = torch.zeros(1, 10, 10, dtype=torch.long)
+    target[0, 0, :5], target[0, 1, :5] = 1, 2
+    found = metrics.segmentation(logits, target, NAMES)
+    assert found["iou"] == {"a": 0.9, "b": 0, "c": 0} and found["miou"] == pytest.approx(0.3)
+    assert found["wgap"] == pytest.approx(0.05)  # a constant score ranks like chance
+
+
+def test_classification_by_hand():
+    logits = torch.tensor([[2.0, 1, 0], [0, 2, 1], [2, 0, 1], [0, 0, 1]])
+    found = metrics.classification(logits, torch.tensor([0, 1, 1, 1], dtype=torch.uint8), NAMES)
+    assert found["accuracy"] == 0.5 and found["images"] == 4
+    assert found["class_accuracy"]["a"] == 1 and found["class_accuracy"]["b"] == pytest.approx(1 / 3)
+    assert math.isnan(found["class_accuracy"]["c"])
+    assert found["confusion"] == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
+
+
+def test_counts_are_exact_past_2_to_the_24():
+    n = 2**24 + 3
+    counts = metrics.confusion(torch.zeros(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8), 2)
+    assert counts.tolist() == [[n, 0], [0, 0]]
+
+
+def test_histograms_per_photo_give_the_average_precision_of_any_resample():
+    torch.manual_seed(0)
+    target = torch.randint(0, 3, (6, 16, 16))
+    logits = torch.randn(6, 3, 16, 16) * 2 + 3 * torch.nn.functional.one_hot(target, 3).movedim(-1, 1)
+    probs, photo = logits.softmax(1), torch.tensor([9, 4, 9, 7, 4, 9])
+    found = metrics.score_histograms(probs, target, photo)
+    assert found["groups"].tolist() == [4, 7, 9]
+    assert found["hits"].sum((0, 2)).tolist() == target.reshape(-1).bincount().tolist()
+    assert (found["hits"] + found["misses"]).sum(2).tolist() == [[512] * 3, [256] * 3, [768] * 3]
+    for draw in ([0, 1, 2], [0, 0, 2], [1, 1, 1]):  # photos drawn with repetition, and their images
+        images = torch.cat([(photo == found["groups"][i]).nonzero().flatten() for i in draw])
+        exact = metrics.average_precisions(probs[images], target[images])
+        binned = metrics.binned_average_precision(found["hits"][draw].sum(0), found["misses"][draw].sum(0))
+        assert binned.tolist() == pytest.approx(exact, abs=2e-3)
+
+
+def test_binned_average_precision_by_hand():
+    hits, misses = np.zeros((2, 4)), np.zeros((2, 4))
+    hits[0, 3], hits[0, 1], misses[0, 1], misses[1, 0] = 2, 2, 2, 5  # two hits, then two of each mixed
+    found = metrics.binned_average_precision(hits, misses)
+    assert found[0] == pytest.approx((2 * 2 / 2 + 2 * 3 / 4) / 4) and math.isnan(found[1])
+
+
+def test_class_table_marks_an_absent_class():
+    lines = metrics.class_table({"AP": {"a": 0.5, "b": None}}).splitlines()
+    assert lines[1].split() == ["a", "50.0"] and lines[2].split() == ["b", "absent"]

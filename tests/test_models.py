@@ -1,0 +1,265 @@
+"""Every row's network: size, shapes, what its switch removes, gradients, scripting, export; the losses."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from models import HourGlass, UNet, VGGResNet
+
+# every network of the two tables: its class, its arguments, and its parameters where no formula below gives them
+ROWS = {
+    "maxpool-2-32": (VGGResNet, dict(), 686_858),
+    "stride-2-32": (VGGResNet, dict(down="stride"), None),
+    "stride-2-32-noskip": (VGGResNet, dict(down="stride", skip=False), None),
+    "stride-2-32-nobn": (VGGResNet, dict(down="stride", norm=False), None),
+    "stride-2-32-noact": (VGGResNet, dict(down="stride", act="none"), None),
+    "stride-2-32-gelu": (VGGResNet, dict(down="stride", act="gelu"), None),
+    "stride-1-32": (VGGResNet, dict(depth=1, down="stride"), None),
+    "stride-4-32": (VGGResNet, dict(depth=4, down="stride"), None),
+    "stride-2-16": (VGGResNet, dict(width=16, down="stride"), None),
+    "stride-2-64": (VGGResNet, dict(width=64, down="stride"), None),
+    "maxpool-2-32-transformer": (VGGResNet, dict(block="transformer"), 568_714),
+    "standard": (HourGlass, dict(), 6_109_861),
+    "unet": (UNet, dict(), 7_763_173),
+    "no-intra-skip": (HourGlass, dict(intra_skip=False), None),
+    "no-inter-skip": (HourGlass, dict(inter_skip=False), None),
+    "no-bn": (HourGlass, dict(norm=False), None),
+    "no-act": (HourGlass, dict(act="none"), None),
+    "hourglass-1-32": (HourGlass, dict(n=1), None),
+    "hourglass-4-32": (HourGlass, dict(n=4), None),
+    "hourglass-2-16": (HourGlass, dict(width=16), None),
+    "hourglass-2-64": (HourGlass, dict(width=64), None),
+    "no-dropout": (HourGlass, dict(dropout=0.0), None),
+}
+
+
+def block_parameters(cin, cout, stride, skip, norm):
+    """By hand: two 3x3 convolutions, the 1x1 projection, and two values a channel per BatchNorm (one per bias)."""
+    each = 2 * cout if norm else cout
+    total = 9 * cin * cout + 9 * cout * cout + 2 * each
+    return total + (cin * cout + each if skip and (cin != cout or stride != 1) else 0)
+
+
+def vgg_parameters(depth=2, width=32, down="maxpool", skip=True, norm=True, **_):
+    total, cin = 0, 1
+    for stage in range(3):
+        for i in range(depth):
+            stride = 2 if down == "stride" and stage > 0 and i == 0 else 1
+            total += block_parameters(cin, width * 2**stage, stride, skip, norm)
+            cin = width * 2**stage
+    return total + 10 * cin + 10
+
+
+def hourglass_parameters(n=2, width=32, intra_skip=True, norm=True, **_):
+    block = lambda cin, cout: block_parameters(cin, cout, 1, intra_skip, norm)
+    ladder = [width] + [width * 2**level for level in range(4)]  # b, b, 2b, 4b, 8b
+    one = sum(block(a, b) + block(b, a) for a, b in zip(ladder, ladder[1:])) + block(ladder[-1], ladder[-1])
+    return block(3, width) + n * one + 5 * width + 5
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def make(row, **small):
+    kind, arguments, _ = ROWS[row]
+    torch.manual_seed(0)
+    model = kind(**{**arguments, **small})
+    x = torch.randn(2, 1, 28, 28) if kind is VGGResNet else torch.randn(2, 3, 32, 32)
+    return model, x
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_parameter_count(row):
+    kind, arguments, expected = ROWS[row]
+    found = count(kind(**arguments))
+    if expected is not None:
+        assert found == expected
+    if kind is HourGlass:
+        assert found == hourglass_parameters(**arguments)
+    elif kind is VGGResNet and arguments.get("block") != "transformer":
+        assert found == vgg_parameters(**arguments)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_shapes_gradients_and_finite_loss(row):
+    model, x = make(row, width=32 if "transformer" in row else 8)
+    features = model.features(x)
+    logits = model.head(features)
+    model.eval()
+    assert torch.equal(model(x), model.head(model.features(x)))
+    if isinstance(model, VGGResNet):
+        assert features.shape[-2:] == (7, 7) and logits.shape == (2, 10)
+        target = torch.tensor([3, 9])
+    else:
+        assert features.shape == (2, 8, 32, 32) and logits.shape == (2, 5, 32, 32)
+        target = torch.randint(0, 5, (2, 32, 32))
+    models.cross_entropy(logits, target).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, f"{name} has no gradient"
+
+
+# rows that differ from another in width or dropout alone have its graph
+@pytest.mark.parametrize("row", sorted(set(ROWS) - {"stride-2-16", "stride-2-64", "hourglass-2-16", "hourglass-2-64",
+                                                    "no-dropout"}))
+def test_scripts_and_exports(row):
+    model, x = make(row, width=32 if "transformer" in row else 8)
+    model.eval()
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected, atol=1e-5, rtol=1e-5)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    three = torch.cat([x, x[:1]])
+    torch.testing.assert_close(program.module()(three), model(three), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model, good, bad", [
+    (VGGResNet(width=8), (56, 28), (30, 28)), (VGGResNet(width=32, depth=1, block="transformer"), (32, 56), (28, 27)),
+    (HourGlass(1, 8), (16, 48), (40, 48)), (UNet(8), (32, 16), (32, 0))])
+def test_sizes(model, good, bad):
+    channels = 1 if isinstance(model, VGGResNet) else 3
+    out = model.eval()(torch.randn(1, channels, *good))
+    assert isinstance(model, VGGResNet) or out.shape[-2:] == good
+    with pytest.raises(ValueError, match=f"{bad[0]}x{bad[1]}: height and width must be multiples of {model.stride}"):
+        model(torch.randn(1, channels, *bad))
+
+
+def kinds(model):
+    return [type(module) for module in model.modules()]
+
+
+@pytest.mark.parametrize("row", ["stride-2-32-nobn", "no-bn"])
+def test_no_bn_removes_every_norm_and_gives_biases(row):
+    model, _ = make(row)
+    assert not {nn.BatchNorm2d, nn.LayerNorm} & set(kinds(model))
+    assert all(module.bias is not None for module in model.modules() if isinstance(module, nn.Conv2d))
+    base, _ = make("stride-2-32" if isinstance(model, VGGResNet) else "standard")
+    assert nn.BatchNorm2d in kinds(base)
+    assert [m.bias is None for m in base.modules() if isinstance(m, nn.Conv2d)].count(False) <= 1  # the head's
+
+
+def test_no_activation_leaves_an_affine_network_only_without_max_pooling():
+    def bend(model, x):  # f(a) + f(b) - f(0) - f(a + b) is 0 for an affine f, whatever f is
+        model = model.double().eval()
+        a, b = x[:1].double(), x[1:].double()
+        return (model(a) + model(b) - model(torch.zeros_like(a)) - model(a + b)).abs().max().item()
+
+    assert bend(*make("stride-2-32-noact", width=8)) < 1e-9
+    assert bend(*make("stride-2-32", width=8)) > 1e-4
+    assert bend(VGGResNet(width=8, act="none"), torch.randn(2, 1, 28, 28)) > 1e-4  # max-pooling bends it
+    model, _ = make("no-act")
+    assert not {nn.ReLU, nn.GELU} & set(kinds(model))
+
+
+def test_gelu_replaces_every_relu():
+    model, _ = make("stride-2-32-gelu")
+    assert nn.GELU in kinds(model) and nn.ReLU not in kinds(model)
+
+
+def test_down_switch():
+    for down, pools, strides in (("maxpool", 2, 0), ("stride", 0, 4)):  # a strided block: its conv and its projection
+        model = VGGResNet(down=down)
+        assert kinds(model).count(nn.MaxPool2d) == pools
+        assert sum(m.stride == (2, 2) for m in model.modules() if isinstance(m, nn.Conv2d)) == strides
+
+
+def silence(module):
+    """Make every convolution of a block put out zero."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.zeros_(conv.weight)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_skip_is_what_carries_x_past_silent_convolutions(skip):
+    block = models.ResidualBlock(4, 4, skip=skip).eval()
+    silence(block)
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.equal(block(x), x.relu() if skip else torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("inter_skip", [True, False])
+def test_inter_skip_is_what_carries_the_encoder_past_a_silent_bottleneck(inter_skip):
+    level = models.Level(4, [4], inter_skip, 0.0, skip=False, norm=True, act="relu").eval()
+    silence(level.inner)
+    a, b = torch.randn(2, 1, 4, 16, 16)
+    assert torch.equal(level(a), level(b)) is not inter_skip
+
+
+def test_intra_skip_switch_reaches_every_block():
+    assert all(m.skip for m in HourGlass().modules() if isinstance(m, models.ResidualBlock))
+    assert not any(m.skip for m in HourGlass(intra_skip=False).modules() if isinstance(m, models.ResidualBlock))
+
+
+def test_dropout_sits_at_each_bottleneck():
+    assert [m.p for m in HourGlass(3, 8, dropout=0.3).modules() if isinstance(m, nn.Dropout)] == [0.3] * 3
+
+
+def test_unet_concatenates():
+    model = UNet(8)
+    for up, expand in zip(model.up, model.expand):
+        assert up[0][0].in_channels == 2 * expand.out_channels
+
+
+def test_build_makes_what_the_settings_say():
+    settings = dict(arch="hourglass", hourglasses=1, width=8, intra_skip=False, inter_skip=False, norm=False,
+                    act="gelu", dropout=0.1)
+    assert count(models.build(settings)) == hourglass_parameters(1, 8, False, False)
+    assert isinstance(models.build({**settings, "arch": "unet"}), UNet)
+    settings = dict(depth=1, width=8, down="stride", skip=False, norm=True, act="none", block="residual")
+    assert count(models.build(settings)) == vgg_parameters(1, 8, "stride", False)
+
+
+# ---- losses, against values worked out by hand ----
+
+def test_cross_entropy_by_hand():
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])  # probabilities 1/4 3/4, 1/2 1/2
+    target = torch.tensor([0, 1], dtype=torch.uint8)
+    assert models.cross_entropy(logits, target).item() == pytest.approx((math.log(4) + math.log(2)) / 2)
+    weight = torch.tensor([1.0, 3.0])  # the weighted mean divides by the weights' sum
+    assert models.cross_entropy(logits, target, weight).item() == pytest.approx((math.log(4) + 3 * math.log(2)) / 4)
+
+
+def test_losses_on_images_equal_losses_on_their_pixels():
+    logits, target = torch.randn(2, 5, 4, 6), torch.randint(0, 5, (2, 4, 6))
+    rows, flat = logits.permute(0, 2, 3, 1).reshape(-1, 5), target.reshape(-1)
+    weight = torch.rand(5)
+    torch.testing.assert_close(models.cross_entropy(logits, target, weight), models.cross_entropy(rows, flat, weight))
+    torch.testing.assert_close(models.dice_loss(logits, target), models.dice_loss(rows, flat))
+
+
+def test_dice_by_hand():
+    big = 50.0  # softmax of (50, 0) is (1, 0) in float32
+    logits = torch.tensor([[big, 0], [big, 0], [0, big], [0, big]])
+    target = torch.tensor([0, 0, 0, 1])
+    # class 0: overlap 2, masses 2 and 3: 4/5; class 1: overlap 1, masses 2 and 1: 2/3
+    assert models.dice_loss(logits, target).item() == pytest.approx(1 - (4 / 5 + 2 / 3) / 2)
+
+
+def test_dice_scores_an_all_background_prediction_low_and_leaves_absent_classes_out():
+    background = torch.zeros(1, 5, 8, 8)
+    background[:, 0] = 50
+    target = torch.zeros(1, 8, 8, dtype=torch.long)
+    assert models.dice_loss(background, target).item() == pytest.approx(0)  # classes 1-4 are absent: not scored
+    target[0, 0, 0], target[0, 0, 1] = 1, 2
+    assert models.dice_loss(background, target).item() > 0.6  # two of three present classes are missed
+
+
+def test_losses_take_half_precision_logits_in_float32():
+    logits = (torch.randn(4, 5, 8, 8) * 50).bfloat16()
+    target = torch.randint(0, 5, (4, 8, 8))
+    for loss in (models.cross_entropy, models.dice_loss):
+        value = loss(logits, target)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, loss(logits.float(), target))
+
+
+def test_class_weights_by_hand():
+    counts = torch.tensor([16, 4, 0])
+    assert models.class_weights(counts, 1.0).tolist() == pytest.approx([1 / 5 * 3, 4 / 5 * 3, 0])
+    assert models.class_weights(counts, 0.5).tolist() == pytest.approx([1 / 3 * 3, 2 / 3 * 3, 0])
+    assert models.class_weights(torch.full((5,), 7), 1.0).tolist() == pytest.approx([1] * 5)

@@ -1,0 +1,112 @@
+"""The command lines as a user types them: every documented flag runs, every wrong one gets one line and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engine
+import train_cls
+import train_seg
+
+REPO = Path(__file__).parents[1]
+
+
+def one_line(capsys):
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("NOTE")]
+    assert len(err) == 1 and err[0].startswith("error: "), err
+    return err[0]
+
+
+@pytest.mark.parametrize("flags", ["--width 8 --loss wce", "--hourglasses 4 --width 4", "--no-inter-skip --width 4",
+                                   "--no-intra-skip --width 4 --no-norm", "--arch unet --width 4", "--loss dice --width 4",
+                                   "--loss ce --act none --width 4", "--dropout 0 --split dev --width 4",
+                                   "--act gelu --weight-power 1 --seed 5 --width 4", "--precision fp16 --width 4"])
+def test_train_seg_dry_run(tiny_root, tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    argv = [*flags.split(), "--dry-run", "--size", "32", "--data-root", str(tiny_root)]
+    if "dev" in flags:
+        argv[-1] = str(tmp_path)  # the synthetic set: the tiny one has no photos to hold out
+    assert engine.guard(lambda: train_seg.main(argv)) == 0
+    assert capsys.readouterr().out.rstrip().endswith("dry run passed")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", ["--depth 4 --down stride --no-skip --act gelu --block transformer", "--no-norm",
+                                   "--act none --split dev", "--down maxpool --depth 1"])
+def test_train_cls_dry_run(fashion_root, tmp_path, monkeypatch, capsys, flags):
+    argv = [*flags.split(), "--width", "32", "--batch", "8", "--dry-run", "--data-root", str(fashion_root.resolve())]
+    monkeypatch.chdir(tmp_path)
+    assert engine.guard(lambda: train_cls.main(argv)) == 0
+    assert capsys.readouterr().out.rstrip().endswith("dry run passed")
+    assert not (tmp_path / "runs").exists()
+
+
+WRONG = [
+    ("--width ten", "invalid int value: 'ten'"), ("--width 0", "--width 0: must be at least 1"),
+    ("--lr -1", "--lr -1.0: must be above 0"), ("--lr nan", "--lr nan: must be above 0"), ("--lr inf", "must be above 0"),
+    ("--epochs 0", "--epochs 0: must be at least 1"), ("--batch 0", "--batch 0"), ("--warmup 1", "--warmup 1.0"),
+    ("--weight-decay -1", "--weight-decay"), ("--seed -1", "--seed -1"), ("--act tanh", "invalid choice: 'tanh'"),
+    ("--protocol quick", "invalid choice: 'quick'"), ("--frobnicate", "unrecognized arguments: --frobnicate"),
+    ("--epo 3", "unrecognized arguments"), ("--device tpu", "--device tpu: not usable here"),
+    ("--device cuda:99", "--device cuda:99: not usable here"), ("--data-root /nowhere", "data root /nowhere"),
+    ("--precision int8", "invalid choice"), ("--split train", "invalid choice"), ("--width", "expected one argument"),
+]
+
+
+@pytest.mark.parametrize("flags, message", WRONG)
+def test_a_wrong_flag_is_one_line(capsys, tmp_path, monkeypatch, tiny_root, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_ROOT", str(tiny_root))
+    argv = ["--protocol", "smoke", "--dry-run", *flags.split()]
+    assert engine.guard(lambda: train_seg.main(argv)) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--size 100", "--size 100: must be a multiple of 16"), ("--dropout 1", "--dropout 1.0"),
+    ("--hourglasses 0", "--hourglasses 0"), ("--loss focal", "invalid choice: 'focal'"),
+    ("--arch unet --no-norm", "--norm is a switch of the hourglass"), ("--arch fcn", "invalid choice")])
+def test_a_wrong_flag_of_train_seg(capsys, flags, message):
+    assert engine.guard(lambda: train_seg.main(["--dry-run", *flags.split()])) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize("flags, message", [("--depth 0", "--depth 0"), ("--down pool", "invalid choice"),
+                                            ("--train-images 0", "--train-images 0"), ("--block mlp", "invalid choice")])
+def test_a_wrong_flag_of_train_cls(capsys, flags, message):
+    assert engine.guard(lambda: train_cls.main(["--dry-run", *flags.split()])) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize("script", ["train_cls.py", "train_seg.py", "data.py"])
+def test_help_reads_as_documentation(script):
+    text = subprocess.run([sys.executable, script, "-h"], cwd=REPO, check=True, capture_output=True, text=True).stdout
+    assert f"python {script}" in text
+    if script != "data.py":
+        assert "peak learning rate of Adam (0.001)" in text and "protocols:" in text and "  small   --epochs" in text
+
+
+@pytest.mark.parametrize("script", ["train_cls.py", "train_seg.py", "data.py"])
+def test_exit_code_2_without_a_traceback(script):
+    done = subprocess.run([sys.executable, script, "--data-root", "/nowhere"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: data root /nowhere")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_default_place_names_what_was_changed(tmp_path, monkeypatch):
+    parse = lambda *argv: engine.parse(train_seg.Config, "", list(argv), train_seg.PROTOCOLS).out
+    monkeypatch.setattr(sys, "argv", ["train_seg.py"])
+    assert parse() == "runs/train_seg/report/base"
+    assert parse("--width", "32", "--seed", "3", "--device", "cpu") == "runs/train_seg/report/base"
+    assert parse("--protocol", "small", "--width", "64", "--no-inter-skip") == \
+        "runs/train_seg/small/width=64,inter_skip=False"
+    assert parse("--out", "here") == "here"
+
+
+def test_a_flag_wins_over_the_protocol_and_the_protocol_over_the_default():
+    parse = lambda *argv: engine.parse(train_seg.Config, "", list(argv), train_seg.PROTOCOLS)
+    assert parse().size == 256
+    assert parse("--protocol", "smoke").size == 32
+    assert parse("--size", "64", "--protocol", "smoke").size == 64
