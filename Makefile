@@ -1,8 +1,52 @@
-# The study as a dependency graph. `make help` lists the targets.
+# The study as a dependency graph: every row's record of every seed is a file that is made once.
 #
-#   VENV=    folder of the environment that make builds (.venv)
-#   PY=      an existing interpreter to use instead, e.g. PY=python3
-#   DATA_ROOT=  folder of the data sets, read by the scripts themselves (./data)
+#   make demo | test | bench | data      see `make help`
+#   make table1 table2                   all rows, all seeds, then the tables
+#   make table2/no-inter-skip            one row
+#
+#   PROTOCOL=  report (default, for a GPU), small (two CPU cores), smoke
+#   SEEDS=     "0 1 2 3 4 5" (report), "0 1 2" (small), 0 (smoke)
+#   DEVICE=    auto, cpu, cuda, cuda:1
+#   RUN=       a launcher before every row's command, e.g. RUN="srun --gpus=1"
+#   PY=        an interpreter that has the packages, instead of the environment that make builds in .venv
+
+# ---- the rows: a name and the flags of its training script; to add a row, add a line ----
+
+table1/maxpool-2-32             :=
+table1/stride-2-32              := --down stride
+table1/stride-2-32-noskip       := --down stride --no-skip
+table1/stride-2-32-nobn         := --down stride --no-norm
+table1/stride-2-32-noact        := --down stride --act none
+table1/stride-2-32-gelu         := --down stride --act gelu
+table1/stride-1-32              := --down stride --depth 1
+table1/stride-4-32              := --down stride --depth 4
+table1/stride-2-16              := --down stride --width 16
+table1/stride-2-64              := --down stride --width 64
+table1/maxpool-1-32             := --depth 1
+table1/maxpool-4-32             := --depth 4
+table1/maxpool-2-16             := --width 16
+table1/maxpool-2-64             := --width 64
+table1/maxpool-2-32-noact       := --act none
+table1/maxpool-2-32-transformer := --block transformer
+
+table2/standard                 :=
+table2/unet                     := --arch unet
+table2/no-intra-skip            := --no-intra-skip
+table2/no-inter-skip            := --no-inter-skip
+table2/no-bn                    := --no-norm
+table2/no-act                   := --act none
+table2/ce                       := --loss ce
+table2/dice                     := --loss dice
+table2/hourglass-1-32           := --hourglasses 1
+table2/hourglass-4-32           := --hourglasses 4
+table2/hourglass-2-16           := --width 16
+table2/hourglass-2-64           := --width 64
+table2/no-dropout               := --dropout 0
+
+script/table1 := train_cls.py
+script/table2 := train_seg.py
+
+# ---- the environment ----
 
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
@@ -13,14 +57,14 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENV := $(VENV)/.installed
 endif
 
-.PHONY: help demo test bench data env
+.PHONY: help env data demo test bench table1 table2
 .DELETE_ON_ERROR:
-
 help:
-	@echo "make demo   environment, data, a short training of both base models, figures in $(DEMO)/"
-	@echo "make test   environment, all tests"
-	@echo "make bench  speed of the training step and of average precision, as ratios"
-	@echo "make data   fetch and check the data sets"
+	@echo "make demo           environment, data, a short training of both base models, figures in $(DEMO)/"
+	@echo "make test           environment, all tests"
+	@echo "make bench          speed of the training step and of average precision, as ratios"
+	@echo "make data           fetch and check the data sets"
+	@echo "make table1 table2  the study: all rows, all seeds (PROTOCOL= SEEDS= DEVICE= RUN= PY=, see the Makefile)"
 
 env: $(ENV)
 
@@ -43,3 +87,35 @@ test: $(ENV)
 
 bench: $(ENV)
 	PYTHONPATH=. $(PY) tests/bench.py
+
+# ---- the study ----
+
+PROTOCOL ?= report
+SEEDS ?= $(SEEDS_$(PROTOCOL))
+SEEDS_report := 0 1 2 3 4 5
+SEEDS_small := 0 1 2
+SEEDS_smoke := 0
+DEVICE ?= auto
+RESULTS := results/$(PROTOCOL)
+ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))
+
+# in seed order, so that one seed of every row exists before the second of any
+records = $(foreach seed,$(SEEDS),$(patsubst %,$(RESULTS)/%/seed$(seed).json,$(1)))
+
+table1 table2: %: $(RESULTS)/%.md
+	@cat $<
+
+$(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
+$(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
+$(RESULTS)/table1.md $(RESULTS)/table2.md: metrics.py | $(ENV)
+	$(PY) metrics.py $(basename $(@F)) --protocol $(PROTOCOL)
+
+.PHONY: $(ROWS)
+$(foreach row,$(ROWS),$(eval $(row): $(call records,$(row))))
+
+# a record depends on nothing that changes: what exists is not run again; what is broken off resumes
+define row_rule
+$(RESULTS)/$(1)/seed%.json: | $(ENV)
+	$(RUN) $(PY) $(script/$(patsubst %/,%,$(dir $(1)))) --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) $($(1)) --out $$(@D)
+endef
+$(foreach row,$(ROWS),$(eval $(call row_rule,$(row))))

@@ -279,6 +279,7 @@ class Run:
             keep_freed_memory()
         self.cfg = cfg
         self.dtype = pick_dtype(cfg.precision, self.device)
+        self.environment = environment(self.device, self.dtype)  # now: the source may change while it runs
         self.data = dataset.to(self.device)
         torch.manual_seed(cfg.seed)
         self.model = models.build(dataclasses.asdict(cfg)).to(self.device, memory_format=torch.channels_last)
@@ -351,7 +352,7 @@ class Run:
             **self.identity, "about_data": {**described, "train_images": len(images), "size": images.shape[-1]},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "multiply_adds": multiply_adds(self.model, images.shape[1:]),
-            "environment": environment(self.device, self.dtype), "train_seconds": round(self.seconds, 2),
+            "environment": self.environment, "train_seconds": round(self.seconds, 2),
             "curve": {"loss": self.curve}, "metrics": metrics, "weights_sha256": weights_digest(self.model), **more})
         self.save(record=self.record)
         buffer = io.BytesIO()

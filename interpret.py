@@ -29,7 +29,7 @@ from matplotlib.patches import Patch  # noqa: E402
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart, in the order of FACADE_CLASSES
 PALETTE = np.array([(60, 60, 60), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115)], dtype=np.uint8)
-WRONG = np.array((213, 94, 0), dtype=np.uint8)
+WRONG = np.array((204, 121, 167), dtype=np.uint8)  # the same set's purple, no class has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def draw_segmentation(dataset: Dataset, logits: Tensor, title: str) -> Figure:
                   "errors": np.where(wrong, WRONG, grey)}
         for ax, (name, panel) in zip(row, panels.items()):
             ax.imshow(panel, interpolation="nearest")
-            ax.set(xticks=[], yticks=[], title=name if row is axes[0] else "")
+            ax.set(xticks=[], yticks=[], title=name if label == "best" else "")
         row[0].set_ylabel(f"{label}: no. {i}\nmean IoU {100 * scores[i]:.0f} %")
         row[3].set_xlabel(f"{100 * wrong.mean():.0f} % of pixels wrong")
     figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=name)

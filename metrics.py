@@ -58,7 +58,7 @@ def average_precisions(scores: Tensor, target: Tensor) -> list[float]:
     return [average_precision(scores[:, c].reshape(-1), target == c) for c in range(scores.shape[1])]
 
 
-BINS = 96  # of log-odds from -12 to 12, a quarter each
+BINS = 192  # of log-odds from -12 to 12, an eighth each
 
 
 def score_histograms(probs: Tensor, target: Tensor, group: Tensor) -> dict[str, np.ndarray]:
