@@ -108,7 +108,7 @@ table1 table2: %: $(RESULTS)/%.md
 $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
 $(RESULTS)/table1.md $(RESULTS)/table2.md: metrics.py | $(ENV)
-	$(PY) metrics.py $(basename $(@F)) --protocol $(PROTOCOL)
+	$(PY) metrics.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS))
 
 .PHONY: $(ROWS)
 $(foreach row,$(ROWS),$(eval $(row): $(call records,$(row))))

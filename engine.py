@@ -417,7 +417,7 @@ def fit(run: Run, loss_fn: Callable[[Tensor, Tensor], Tensor], flip: bool = Fals
         run.seconds += seconds
         run.epoch = epoch + 1
         run.save()
-        print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s")
+        print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s", flush=True)
 
 
 def checked(loss: Tensor, epoch: int) -> float:

@@ -1,14 +1,65 @@
-"""What the study reports of a model: accuracy, average precision, MAP, WGAP, IoU.
+"""What the study reports: accuracy, average precision, MAP, WGAP, IoU, and the tables made of them.
+
+    python metrics.py table1 --protocol small     results/small/table1/*/seed*.json -> results/small/table1.md
+    python metrics.py table2                      the same for Table 2, protocol report
 
 All values are fractions in [0, 1]; the tables print them as percent. Counts are int64 and ratios
 float64: a training split has 59 million pixels, and float32 counts stop being exact at 2^24.
 """
 
+import argparse
+import json
 import math
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# The report's tables, in percent, in its order: name, then the value of each column. The first row is absolute,
+# the others are differences from it. Rows that the report lacks have None.
+COLUMNS = {"table1": (("test accuracy", "test", "accuracy"), ("train accuracy", "train", "accuracy")),
+           "table2": (("test MAP", "test", "map"), ("WGAP", "test", "wgap"), ("train MAP", "train", "map"))}
+REPORT = {
+    "table1": {
+        "maxpool-2-32": ("VGG-ResNet(2,32,maxpool)", 92.41, 99.04),
+        "stride-2-32": ("VGG-ResNet(2,32,stride)", -1.15, -0.28),
+        "stride-2-32-noskip": ("VGG-ResNet(2,32,stride) - skip", 0.42, -0.31),
+        "stride-2-32-nobn": ("VGG-ResNet(2,32,stride) - BatchNorm", -0.41, -0.80),
+        "stride-2-32-noact": ("VGG-ResNet(2,32,stride) - activation", -1.79, -1.40),
+        "stride-2-32-gelu": ("VGG-ResNet(2,32,stride) with GELU", 0.02, 0.30),
+        "stride-1-32": ("VGG-ResNet(1,32,stride)", -1.54, -0.14),
+        "stride-4-32": ("VGG-ResNet(4,32,stride)", -0.99, -0.05),
+        "stride-2-16": ("VGG-ResNet(2,16,stride)", -1.21, -0.19),
+        "stride-2-64": ("VGG-ResNet(2,64,stride)", -0.77, 0.21),
+        "maxpool-1-32": ("VGG-ResNet(1,32,maxpool)", -0.52, 0.32),
+        "maxpool-4-32": ("VGG-ResNet(4,32,maxpool)", 0.26, -0.01),
+        "maxpool-2-16": ("VGG-ResNet(2,16,maxpool)", 0.28, 0.20),
+        "maxpool-2-64": ("VGG-ResNet(2,64,maxpool)", -0.16, -0.20),
+        "maxpool-2-32-noact": ("VGG-ResNet(2,32,maxpool) - activation", None, None),
+        "maxpool-2-32-transformer": ("VGG-ResNet(2,32,maxpool), last stage Transformer", None, None),
+    },
+    "table2": {
+        "standard": ("HourGlass(2*32), weighted cross entropy", 73.9, 46.8, 89.5),
+        "unet": ("U-Net (benchmark)", -4.88, -5.37, 2.08),
+        "no-intra-skip": ("Standard - intra skip", 1.55, 0.63, 1.11),
+        "no-inter-skip": ("Standard - inter skip", -4.00, -17.00, -12.3),
+        "no-bn": ("Standard - BatchNorm", -7.8, -16.50, -9.2),
+        "no-act": ("Standard - activation", -33.22, -37.5, -50.97),
+        "ce": ("Standard with cross entropy", -0.61, -8.78, 2.68),
+        "dice": ("Standard with Dice loss", -54.59, -45.3, -70.13),
+        "hourglass-1-32": ("HourGlass(1*32)", -0.40, -4.79, 3.25),
+        "hourglass-4-32": ("HourGlass(4*32)", -0.90, -6.8, -2.80),
+        "hourglass-2-16": ("HourGlass(2*16)", -2.50, -5.80, -3.27),
+        "hourglass-2-64": ("HourGlass(2*64)", 1.00, 1.00, 4.30),
+        "no-dropout": ("Standard - dropout", None, None, None),
+    },
+}
+# settings that all rows of a table must share: a row differs by its own switch and by nothing else
+SHARED = ("protocol", "split", "epochs", "batch", "lr", "weight_decay", "warmup", "precision", "compile", "size",
+          "train_images", "weight_power")
 
 
 def accuracy(logits: Tensor, target: Tensor) -> float:
@@ -154,3 +205,123 @@ def class_table(columns: dict[str, dict[str, float | None]]) -> str:
         cells = ["absent" if values[name] is None else f"{100 * values[name]:.1f}" for values in columns.values()]
         lines.append(f"{name:<10}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
+
+
+# ---- the tables, from run records ----
+
+def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
+    """{row: {seed: record}} of one table's folder; the report's rows first, in its order, then any others.
+
+    ValueError names a record that does not belong: of another protocol, other data, other shared
+    settings than the base row's, or another configuration than its own row's other seeds.
+    """
+    rows, known = {}, list(REPORT[folder.name])
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    for row in [row for row in known if row in found] + [row for row in found if row not in known]:
+        for path in sorted(folder.glob(f"{row}/seed*.json")):
+            record = json.loads(path.read_text())
+            rows.setdefault(row, {})[record["config"]["seed"]] = {**record, "path": str(path)}
+    records = [record for seeds in rows.values() for record in seeds.values()]
+    for row, seeds in rows.items():
+        first = next(iter(seeds.values()))
+        for record in seeds.values():
+            config, path = record["config"], record["path"]
+            if config["protocol"] != protocol:
+                raise ValueError(f"{path} is of protocol {config['protocol']}, this is the {protocol} table")
+            for key in SHARED:
+                if config.get(key) != records[0]["config"].get(key):
+                    raise ValueError(f"{path} has {key} {config.get(key)}, but {records[0]['path']} has "
+                                     f"{records[0]['config'].get(key)}: a row may differ by its own switch alone")
+            if record["data"] != records[0]["data"]:
+                raise ValueError(f"{path} was made on other data than {records[0]['path']}")
+            if {**config, "seed": 0} != {**first["config"], "seed": 0}:
+                raise ValueError(f"{path} has another configuration than {first['path']}, a seed of the same row")
+    return rows
+
+
+def t_quantile(dof: int, level: float = 0.975) -> float:
+    """Quantile of Student's t distribution, to 1e-6, by integrating its density."""
+    scale = math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(dof * math.pi)
+    low, high = 0.0, 100.0
+    while high - low > 1e-7:
+        middle = (low + high) / 2
+        x = np.linspace(0, middle, 20_001)
+        below = 0.5 + scale * np.trapezoid((1 + x * x / dof) ** (-(dof + 1) / 2), x)
+        low, high = (middle, high) if below < level else (low, middle)
+    return low
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and the half width of its 95 % interval by Student's t; NaN half width for a single value."""
+    mean, n = float(np.mean(values)), len(values)
+    return mean, t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+
+
+def cell(values: list[float], signed: bool) -> str:
+    """"+0.42 ± 0.31" of percentages over seeds; the interval is missing where there is one seed."""
+    mean, half = interval([100 * value for value in values])
+    return (f"{mean:+.2f}" if signed else f"{mean:.2f}") + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
+def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
+    """The table as Markdown: differences from the base row, paired by seed, beside the report's own."""
+    base_row = next(iter(REPORT[table]))
+    base = rows.get(base_row, {})
+    lines = ["| row | " + " | ".join(f"{name} | report" for name, _, _ in COLUMNS[table])
+             + " | seeds | parameters | multiply-adds | training |",
+             "|---|" + "--:|" * (2 * len(COLUMNS[table]) + 4)]
+    for row in [*REPORT[table], *(row for row in rows if row not in REPORT[table])]:
+        label, *reported = REPORT[table].get(row, (row, *[None] * len(COLUMNS[table])))
+        records = rows.get(row, {})
+        paired = sorted(records if row == base_row else records.keys() & base.keys())
+        cells = []
+        for (_, split, key), value in zip(COLUMNS[table], reported):
+            score = lambda record: record["metrics"][split][key]
+            values = [score(records[k]) - (0 if row == base_row else score(base[k])) for k in paired]
+            cells.append(cell(values, row != base_row) if paired else "not run")
+            cells.append("" if value is None else f"{value:.2f}" if row == base_row else f"{value:+.2f}")
+        cells.append(f"{len(paired)}" + ("" if len(paired) == seeds else f" of {seeds}"))
+        if paired:
+            one = records[paired[0]]
+            seconds = np.mean([records[k]["train_seconds"] for k in paired])
+            cells += [f"{one['parameters'] / 1e6:.2f} M", f"{one['multiply_adds'] / 1e6:,.0f} M", f"{seconds:,.0f} s"]
+        else:
+            cells += [""] * 3
+        lines.append(f"| {label} `{row}` | " + " | ".join(cells) + " |")
+    devices = sorted({record["environment"]["device"] for seeds in rows.values() for record in seeds.values()})
+    lines.append(f"\nPercent. First row: value; others: difference from it, paired by seed. ± is the 95 % interval over "
+                 f"seeds (Student's t). Device: {'; '.join(devices) or 'none yet'}.")
+    return "\n".join(lines) + "\n"
+
+
+def put_between_markers(path: Path, marker: str, text: str) -> None:
+    """Replace what stands between <!-- marker --> and <!-- /marker --> in a file, if it has them."""
+    old = path.read_text()
+    new = re.sub(rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- /{re.escape(marker)} -->)",
+                 lambda match: match[1] + text + match[2], old, flags=re.DOTALL)
+    if new != old:
+        path.write_text(new)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(REPORT), help="table to render")
+    parser.add_argument("--protocol", default="report", help="which records: report, small or smoke (report)")
+    parser.add_argument("--results", default="results", help="folder of the records (results)")
+    parser.add_argument("--seeds", type=int, default=None, help="seeds a full row has (the most that any row has)")
+    args = parser.parse_args(argv)
+    folder = Path(args.results, args.protocol)
+    rows = load_records(folder / args.what, args.protocol)
+    seeds = args.seeds or max((len(found) for found in rows.values()), default=0)
+    text = render(rows, args.what, seeds)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{args.what}.md").write_text(text)
+    put_between_markers(Path(__file__).with_name("README.md"), f"{args.protocol} {args.what}", text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -5,11 +5,12 @@
    at each step.
 2. Average precision of 7.5 million pixels, against scikit-learn.
 
-Rounds of the two sides alternate, so that a busy machine slows both; the median of the rounds' ratios counts.
+Times and ratios go to results/bench/speed.json. Rounds of the two sides alternate, so that a busy machine slows both; the median of the rounds' ratios counts.
 """
 
 import contextlib
 import dataclasses
+import json
 import statistics
 import tempfile
 import time
@@ -79,20 +80,22 @@ def engine_loop(dataset: data.Dataset, device: torch.device) -> float:
     return seconds[1] / STEPS
 
 
-def report(name: str, ours: list[float], theirs: list[float], other: str) -> None:
-    a, b = statistics.median(ours), statistics.median(theirs)
-    ratios = sorted(y / x for x, y in zip(ours, theirs))
-    print(f"{name}: {1000 * a:.0f} ms, {other} {1000 * b:.0f} ms, ratio {statistics.median(ratios):.2f} "
+def compare(name: str, other: str, pairs: list[tuple[float, float]]) -> dict:
+    """Print and return one comparison of (our seconds, their seconds), a pair a round."""
+    ratios = sorted(theirs / ours for ours, theirs in pairs)
+    ours, theirs = (statistics.median(side) for side in zip(*pairs))
+    print(f"{name}: {1000 * ours:.0f} ms, {other} {1000 * theirs:.0f} ms, ratio {statistics.median(ratios):.2f} "
           f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds)")
+    return {"name": name, "against": other, "ratio": statistics.median(ratios), "seconds": pairs}
 
 
 def main() -> None:
     device = engine.pick_device("auto")
-    print(f"{engine.environment(device, engine.pick_dtype('auto', device))['device']}, torch {torch.__version__}")
+    environment = engine.environment(device, engine.pick_dtype("auto", device))
+    print(f"{environment['device']}, torch {environment['torch']}")
     dataset = data.load_facades(Path("/nonexistent"), size=SIZE)  # synthetic: the same on every machine
-    pairs = [(engine_loop(dataset, device), plain_loop(dataset, device)) for _ in range(ROUNDS)]
-    report(f"training step, HourGlass(2*32), batch {BATCH}, {SIZE} pixels", *map(list, zip(*pairs)), "plain loop")
-
+    results = [compare(f"training step, HourGlass(2*32), batch {BATCH}, {SIZE} pixels", "plain loop",
+                       [(engine_loop(dataset, device), plain_loop(dataset, device)) for _ in range(ROUNDS)])]
     torch.manual_seed(0)
     scores = torch.rand(7_500_000)
     for share in (0.024, 0.4):  # a rare class and a frequent one
@@ -105,7 +108,10 @@ def main() -> None:
             theirs = average_precision_score(positive.numpy(), scores.numpy())
             pairs.append((middle - start, time.perf_counter() - middle))
             assert np.isclose(ours, theirs, rtol=0, atol=1e-12)
-        report(f"average precision, 7.5M pixels, {100 * share:.0f} % positive", *map(list, zip(*pairs)), "scikit-learn")
+        results.append(compare(f"average precision, 7.5M pixels, {100 * share:.0f} % positive", "scikit-learn", pairs))
+    record = Path("results/bench/speed.json")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

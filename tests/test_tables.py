@@ -1,0 +1,159 @@
+"""Tables from made-up records with known answers; records that do not belong; the Makefile as a dependency graph."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import metrics
+
+REPO = Path(__file__).parents[1]
+BASE = dict(protocol="small", split="full", epochs=2, batch=128, lr=1e-3, weight_decay=1e-4, warmup=0.0,
+            precision="auto", compile=False, train_images=20000, depth=2, width=32, down="maxpool")
+
+
+def write_record(root, row, seed, test, train=0.9, data="d", **config):
+    folder = root / "small/table1" / row
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"config": {**BASE, "seed": seed, **config}, "data": data, "parameters": 1_500_000,
+              "multiply_adds": 73_300_000, "train_seconds": 10.0, "environment": {"device": "a CPU"},
+              "metrics": {"test": {"accuracy": test}, "train": {"accuracy": train}}}
+    (folder / f"seed{seed}.json").write_text(json.dumps(record))
+
+
+def table(root, *flags):
+    metrics.main(["table1", "--protocol", "small", "--results", str(root), *flags])
+    return {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]]
+            for line in (root / "small/table1.md").read_text().splitlines() if "`" in line}
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    for seed, (base, other) in enumerate([(0.90, 0.91), (0.80, 0.81), (0.85, 0.87)]):
+        write_record(tmp_path, "maxpool-2-32", seed, base)
+        write_record(tmp_path, "stride-2-32", seed, other, down="stride")
+    rows = table(tmp_path)
+    assert list(rows) == list(metrics.REPORT["table1"])
+    assert rows["maxpool-2-32"][:4] == ["85.00 ± 12.42", "92.41", "90.00 ± 0.00", "99.04"]  # 4.3027 * 5 / sqrt(3)
+    assert rows["stride-2-32"][:2] == ["+1.33 ± 1.43", "-1.15"]  # 4.3027 * 0.57735 / sqrt(3): pairing removes the seeds
+    assert rows["stride-2-32"][4:] == ["3", "1.50 M", "73 M", "10 s"]
+    assert rows["stride-2-16"][0] == "not run" and rows["stride-2-16"][4] == "0 of 3"
+
+
+def test_missing_seeds_are_shown_and_one_seed_has_no_interval(tmp_path):
+    for seed in range(3):
+        write_record(tmp_path, "maxpool-2-32", seed, 0.9)
+    write_record(tmp_path, "stride-2-32", 1, 0.8, down="stride")
+    row = table(tmp_path)["stride-2-32"]
+    assert row[0] == "-10.00" and row[4] == "1 of 3"
+    assert table(tmp_path, "--seeds", "6")["maxpool-2-32"][4] == "3 of 6"
+
+
+def test_a_row_of_ones_own_comes_last(tmp_path):
+    for row in ("a-mine", "maxpool-2-32"):
+        write_record(tmp_path, row, 0, 0.9)
+    rows = table(tmp_path)
+    assert list(rows)[-1] == "a-mine" and rows["a-mine"][:2] == ["+0.00", ""]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(protocol="report"), "stride-2-32/seed0.json is of protocol report, this is the small table"),
+    (dict(epochs=3), "stride-2-32/seed0.json has epochs 3, but .*maxpool-2-32/seed0.json has 2"),
+    (dict(data="other"), "stride-2-32/seed0.json was made on other data")])
+def test_a_record_that_does_not_belong_is_refused_by_name(tmp_path, change, message):
+    write_record(tmp_path, "maxpool-2-32", 0, 0.9)
+    write_record(tmp_path, "stride-2-32", 0, 0.9, **change)
+    with pytest.raises(ValueError, match=message):
+        table(tmp_path)
+
+
+def test_two_seeds_of_a_row_must_share_its_configuration(tmp_path):
+    write_record(tmp_path, "maxpool-2-32", 0, 0.9)
+    write_record(tmp_path, "maxpool-2-32", 1, 0.9, width=64)
+    with pytest.raises(ValueError, match="seed1.json has another configuration than"):
+        table(tmp_path)
+
+
+def test_refusal_is_one_line_and_exit_code_2(tmp_path):
+    write_record(tmp_path, "maxpool-2-32", 0, 0.9, protocol="report")
+    done = subprocess.run([sys.executable, "metrics.py", "table1", "--protocol", "small", "--results", str(tmp_path)],
+                          cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_the_text_between_markers_is_replaced_and_the_rest_is_not(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n<!-- u -->\nkeep\n<!-- /u -->\n")
+    for _ in range(2):
+        metrics.put_between_markers(page, "t", "| \\1 new |\n")
+        assert page.read_text() == "a\n<!-- t -->\n| \\1 new |\n<!-- /t -->\nb\n<!-- u -->\nkeep\n<!-- /u -->\n"
+
+
+@pytest.mark.parametrize("dof, expected", [(1, 12.7062), (2, 4.30265), (5, 2.57058), (30, 2.04227)])
+def test_t_quantile_is_the_textbook_value(dof, expected):
+    assert metrics.t_quantile(dof) == pytest.approx(expected, abs=1e-4)
+
+
+def test_interval_by_hand():
+    mean, half = metrics.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
+
+
+# ---- make ----
+
+@pytest.fixture
+def make(tmp_path, tiny_root):
+    """Runs make in this repository, on the tiny facades, with its results in a temporary folder."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+
+    def run(*arguments):
+        environment = {**os.environ, "DATA_ROOT": str(tiny_root), "MAKEFLAGS": ""}
+        return subprocess.run(["make", f"PY={sys.executable}", "PROTOCOL=smoke", "DEVICE=cpu",
+                               f"RESULTS={tmp_path}/results/smoke", *arguments], cwd=REPO, env=environment,
+                              capture_output=True, text=True)
+    return run
+
+
+def test_every_row_of_the_tables_is_a_target_and_every_target_a_row(make):
+    for name, script in (("table1", "train_cls.py"), ("table2", "train_seg.py")):
+        plan = make("-n", name, "SEEDS=0 1").stdout.splitlines()
+        trained = [line for line in plan if script in line]
+        assert len(trained) == 2 * len(metrics.REPORT[name])
+        places = [(Path(line.split("--out ")[1]).name, line.split("--seed ")[1].split()[0]) for line in trained]
+        assert places == [(row, seed) for seed in "01" for row in metrics.REPORT[name]]  # in seed order
+
+
+def test_a_row_is_made_once_resumes_by_name_and_takes_a_launcher(make, tmp_path):
+    launcher = tmp_path / "launch"
+    launcher.write_text(f'#!/bin/sh\necho "launched $*" >> {tmp_path}/log\nexec "$@"\n')
+    launcher.chmod(0o755)
+    done = make("table2/no-act", "SEEDS=0 1", f"RUN={launcher}", "-j2")
+    assert done.returncode == 0, done.stderr
+    records = [tmp_path / f"results/smoke/table2/no-act/seed{seed}.json" for seed in (0, 1)]
+    assert all(json.loads(record.read_text())["config"]["act"] == "none" for record in records)
+    assert (tmp_path / "log").read_text().count("train_seg.py --protocol smoke") == 2
+    assert make("-q", "table2/no-act", "SEEDS=0 1").returncode == 0  # nothing left to do
+    records[1].unlink()
+    plan = [line for line in make("-n", "table2/no-act", "SEEDS=0 1").stdout.splitlines() if "train_seg" in line]
+    assert len(plan) == 1 and "--seed 1" in plan[0]
+
+
+def test_a_stranger_adds_a_row_by_one_line(make, tmp_path):
+    own = tmp_path / "Makefile"
+    own.write_text((REPO / "Makefile").read_text().replace(
+        "\ntable2/no-dropout ", "\ntable2/narrow := --width 4 --loss dice\ntable2/no-dropout "))
+    done = make("-f", str(own), "table2/narrow")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "results/smoke/table2/narrow/seed0.json").read_text())
+    assert record["config"]["width"] == 4 and record["config"]["loss"] == "dice"
+
+
+def test_a_failing_row_stops_make_with_the_scripts_own_line(make, tiny_root):
+    (tiny_root / "mini_facade/train/eecs442_0000.png").unlink()
+    done = make("table2/ce")
+    assert done.returncode != 0 and "error: " in done.stderr and "Traceback" not in done.stderr
