@@ -1,7 +1,7 @@
 # The study as a dependency graph: every row's record of every seed is a file that is made once.
 #
 #   make demo | test | bench | data      see `make help`
-#   make table1 table2                   all rows, all seeds, then the tables
+#   make table1 table2 claims            all rows, all seeds, then the tables and the verdicts
 #   make table2/no-inter-skip            one row
 #
 #   PROTOCOL=  report (default, for a GPU), small (two CPU cores), smoke
@@ -57,7 +57,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENV := $(VENV)/.installed
 endif
 
-.PHONY: help env data demo test bench table1 table2
+.PHONY: help env data demo test bench table1 table2 claims
 .DELETE_ON_ERROR:
 help:
 	@echo "make demo           environment, data, a short training of both base models, figures in $(DEMO)/"
@@ -102,12 +102,14 @@ ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_L
 # in seed order, so that one seed of every row exists before the second of any
 records = $(foreach seed,$(SEEDS),$(patsubst %,$(RESULTS)/%/seed$(seed).json,$(1)))
 
-table1 table2: %: $(RESULTS)/%.md
+table1 table2 claims: %: $(RESULTS)/%.md
 	@cat $<
+
+$(RESULTS)/claims.md: $(RESULTS)/table1.md $(RESULTS)/table2.md
 
 $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
-$(RESULTS)/table1.md $(RESULTS)/table2.md: metrics.py | $(ENV)
+$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/claims.md: metrics.py | $(ENV)
 	$(PY) metrics.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS))
 
 .PHONY: $(ROWS)

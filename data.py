@@ -100,9 +100,13 @@ class Dataset:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> float32 channels_last, zero mean and unit variance over the train split."""
-        mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
         images = images.to(torch.float32, memory_format=torch.channels_last)
-        return images.sub_(255 * mean).div_(255 * std)
+        return images.sub_(per_channel(self.mean, images.device)).div_(per_channel(self.std, images.device))
+
+
+@functools.cache  # made once: a copy to a GPU in each step would wait for it
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def batches(data: Dataset, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

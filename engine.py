@@ -12,10 +12,8 @@ goes on from its last epoch and ends, on the CPU, with the same bits.
 """
 
 import argparse
-import copy
 import ctypes
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -34,7 +32,6 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -94,7 +91,8 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see {self.prog} -h")
 
 
-def parse(config: type, doc: str, argv: list[str] | None = None, protocols: dict[str, dict] | None = None) -> typing.Any:
+def parse(config: type, doc: str, argv: list[str] | None = None,
+          protocols: dict[str, dict] | None = None) -> typing.Any:
     """Command line -> config: its defaults, over them the chosen protocol's, over them the flags given."""
     parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -202,6 +200,15 @@ def read_checkpoint(path: Path) -> dict:
                        f"replace it") from error
 
 
+def read_record(path: Path) -> dict:
+    """A run record. BadInput if the file is anything else."""
+    try:
+        record = json.loads(path.read_text())
+        return {name: record[name] for name in ("config", "data", "metrics", *record)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); delete it") from error
+
+
 def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     """A finished run's model, in evaluation mode on the device, and its record. BadInput if unfinished."""
     state = read_checkpoint(path)
@@ -210,21 +217,6 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     model = models.build(state["record"]["config"])
     model.load_state_dict(state["model"])
     return model.to(device, memory_format=torch.channels_last).eval(), state["record"]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over the names and bytes of all weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def multiply_adds(model: nn.Module, shape: torch.Size) -> int:
-    """Multiply-adds of one forward pass of one image (C, H, W), counted without computing it."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to("meta")(torch.empty(1, *shape, device="meta"))
-    return counter.get_total_flops() // 2
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict:
@@ -242,12 +234,13 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
     else:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-        name = f"{model}, {torch.get_num_threads()} threads"
+        models_named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{(models_named or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
     return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes),
             "source_sha256": data.tree_digest([(path.name, path.read_bytes()) for path in SOURCE.glob("*.py")]),
-            "python": platform.python_version(), "torch": str(torch.__version__), "torchvision": torchvision.__version__,
-            "platform": platform.platform(), "device": name, "precision": str(dtype).removeprefix("torch.")}
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "torchvision": torchvision.__version__, "platform": platform.platform(), "device": name,
+            "precision": str(dtype).removeprefix("torch.")}
 
 
 def jsonable(value: typing.Any) -> typing.Any:
@@ -296,9 +289,8 @@ class Run:
 
     def resume(self) -> None:
         if self.record_file.exists():
-            record = json.loads(self.record_file.read_text())
-            self.refuse_other(self.record_file, record)
-            self.record = record
+            self.record = read_record(self.record_file)
+            self.refuse_other(self.record_file, self.record)
         elif self.checkpoint.exists():
             state = read_checkpoint(self.checkpoint)
             self.refuse_other(self.checkpoint, state["identity"])
@@ -351,9 +343,10 @@ class Run:
         self.record = jsonable({
             **self.identity, "about_data": {**described, "train_images": len(images), "size": images.shape[-1]},
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "multiply_adds": multiply_adds(self.model, images.shape[1:]),
+            "multiply_adds": models.multiply_adds(self.model, images.shape[1:]),
             "environment": self.environment, "train_seconds": round(self.seconds, 2),
-            "curve": {"loss": self.curve}, "metrics": metrics, "weights_sha256": weights_digest(self.model), **more})
+            "curve": {"loss": self.curve}, "metrics": metrics, **more,
+            "weights_sha256": models.weights_digest(self.model)})
         self.save(record=self.record)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
@@ -417,7 +410,8 @@ def fit(run: Run, loss_fn: Callable[[Tensor, Tensor], Tensor], flip: bool = Fals
         run.seconds += seconds
         run.epoch = epoch + 1
         run.save()
-        print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s", flush=True)
+        print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s",
+              flush=True)
 
 
 def checked(loss: Tensor, epoch: int) -> float:

@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = engine.parse(Config, __doc__, argv)
     if cfg.checkpoint is None:
         raise BadInput("--checkpoint is missing: name the seed<k>.pt of a finished run")
+    if Path(cfg.figure).suffix not in (".png", ".pdf", ".svg"):
+        raise BadInput(f"--figure {cfg.figure}: must end in .png, .pdf or .svg")
     device = engine.pick_device(cfg.device)
     model, record = engine.load_trained(Path(cfg.checkpoint), device)
     dataset = load_data(record, data.find_root(cfg.data_root))
@@ -113,9 +115,10 @@ def main(argv: list[str] | None = None) -> None:
     logits = engine.predict(model, on_device, on_device.test, record["config"]["batch"],
                             getattr(torch, record["environment"]["precision"]))
     scores = record["metrics"][dataset.held_out]
-    kind = f"{dataset.name}{' (drawn by a program)' if dataset.synthetic else ''}, {len(dataset.test)} {dataset.held_out} images"
+    kind = f"{dataset.name}, {len(dataset.test)} {dataset.held_out} images"
     if "map" in scores:
-        figure = draw_segmentation(dataset, logits, f"{kind}: MAP {100 * scores['map']:.1f} %, WGAP {100 * scores['wgap']:.1f} %")
+        title = f"{kind}: MAP {100 * scores['map']:.1f} %, WGAP {100 * scores['wgap']:.1f} %"
+        figure = draw_segmentation(dataset, logits, title)
     else:
         figure = draw_classification(dataset, logits, f"{kind}: accuracy {100 * scores['accuracy']:.2f} %")
     Path(cfg.figure).parent.mkdir(parents=True, exist_ok=True)

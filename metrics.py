@@ -2,12 +2,15 @@
 
     python metrics.py table1 --protocol small     results/small/table1/*/seed*.json -> results/small/table1.md
     python metrics.py table2                      the same for Table 2, protocol report
+    python metrics.py claims --protocol small     the verdict on each of the report's claims
 
 All values are fractions in [0, 1]; the tables print them as percent. Counts are int64 and ratios
 float64: a training split has 59 million pixels, and float32 counts stop being exact at 2^24.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import re
@@ -56,6 +59,25 @@ REPORT = {
         "hourglass-2-64": ("HourGlass(2*64)", 1.00, 1.00, 4.30),
         "no-dropout": ("Standard - dropout", None, None, None),
     },
+}
+# The report's conclusions. Each is one or more differences (table, row, other row, metric, low, high), in points of the
+# test split: the claim says that row - other lies in [low, high]. "About 8" is taken as 8 give or take half of it,
+# "matters" as more than one point, "does not hurt" as less than half a point, "collapses" as more than twenty.
+INF = math.inf
+CLAIMS = {
+    "C1": ("On Fashion-MNIST architecture choices matter little: all rows within 2 points of the base",
+           [("table1", row, "maxpool-2-32", "accuracy", -2, 2) for row in REPORT["table1"] if row != "maxpool-2-32"]),
+    "C2": ("Removing the non-linearity does not hurt when max-pooling is there",
+           [("table1", "maxpool-2-32-noact", "maxpool-2-32", "accuracy", -0.5, INF)]),
+    "C6": ("Weighted cross entropy raises WGAP by about 8 points", [("table2", "standard", "ce", "wgap", 4, 12)]),
+    "C7": ("Dice does not improve MAP", [("table2", "dice", "standard", "map", -INF, 0)]),
+    "C8": ("Inter skips matter, for MAP and for WGAP", [("table2", "no-inter-skip", "standard", "map", -INF, -1),
+                                                        ("table2", "no-inter-skip", "standard", "wgap", -INF, -1)]),
+    "C9": ("BatchNorm matters", [("table2", "no-bn", "standard", "map", -INF, -1)]),
+    "C10": ("Without activations segmentation collapses", [("table2", "no-act", "standard", "map", -INF, -20)]),
+    "C11": ("Wider beats deeper", [("table2", "hourglass-2-64", "hourglass-4-32", "map", 0, INF)]),
+    "C12": ("The hourglass with sums beats U-Net with concatenation", [("table2", "standard", "unet", "map", 0, INF)]),
+    "C13": ("Dropout 0.2 adds about 5 points of test MAP", [("table2", "standard", "no-dropout", "map", 2.5, 7.5)]),
 }
 # settings that all rows of a table must share: a row differs by its own switch and by nothing else
 SHARED = ("protocol", "split", "epochs", "batch", "lr", "weight_decay", "warmup", "precision", "compile", "size",
@@ -222,7 +244,7 @@ def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
             record = json.loads(path.read_text())
             rows.setdefault(row, {})[record["config"]["seed"]] = {**record, "path": str(path)}
     records = [record for seeds in rows.values() for record in seeds.values()]
-    for row, seeds in rows.items():
+    for seeds in rows.values():
         first = next(iter(seeds.values()))
         for record in seeds.values():
             config, path = record["config"], record["path"]
@@ -239,15 +261,21 @@ def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
     return rows
 
 
-def t_quantile(dof: int, level: float = 0.975) -> float:
-    """Quantile of Student's t distribution, to 1e-6, by integrating its density."""
+def t_cdf(t: float, dof: int) -> float:
+    """P(T <= t) of Student's t distribution, to 1e-8, by integrating its density."""
     scale = math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(dof * math.pi)
-    low, high = 0.0, 100.0
+    # with t = tan(a) sqrt(dof) the integrand is cos(a)^(dof - 1), smooth on a bounded range
+    angle = np.linspace(0, math.atan(abs(t) / math.sqrt(dof)), 20_001)
+    half = scale * math.sqrt(dof) * np.trapezoid(np.cos(angle) ** (dof - 1), angle)
+    return 0.5 + math.copysign(half, t)
+
+
+def t_quantile(dof: int, level: float = 0.975) -> float:
+    """The t above the median with P(T <= t) = level, to 1e-6."""
+    low, high = 0.0, 1000.0
     while high - low > 1e-7:
         middle = (low + high) / 2
-        x = np.linspace(0, middle, 20_001)
-        below = 0.5 + scale * np.trapezoid((1 + x * x / dof) ** (-(dof + 1) / 2), x)
-        low, high = (middle, high) if below < level else (low, middle)
+        low, high = (middle, high) if t_cdf(middle, dof) < level else (low, middle)
     return low
 
 
@@ -289,8 +317,122 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
             cells += [""] * 3
         lines.append(f"| {label} `{row}` | " + " | ".join(cells) + " |")
     devices = sorted({record["environment"]["device"] for seeds in rows.values() for record in seeds.values()})
-    lines.append(f"\nPercent. First row: value; others: difference from it, paired by seed. ± is the 95 % interval over "
-                 f"seeds (Student's t). Device: {'; '.join(devices) or 'none yet'}.")
+    lines.append(f"\nPercent. First row: value; others: difference from it, paired by seed. ± is the 95 % interval "
+                 f"over seeds (Student's t). Device: {'; '.join(devices) or 'none yet'}.")
+    return "\n".join(lines) + "\n"
+
+
+# ---- the claims ----
+
+@functools.cache
+def redrawn_average_precisions(path: Path) -> np.ndarray:
+    """AP (1000, C) of a run on 1,000 test sets of photos drawn with repetition, the same for every run."""
+    arrays = np.load(path)
+    photos = len(arrays["groups"])
+    # in float32, where BLAS multiplies: a count here is under 2^24
+    draws = np.random.default_rng(0).multinomial(photos, np.full(photos, 1 / photos), 1000).astype(np.float32)
+    counts = (arrays[name].astype(np.float32) for name in ("hits", "misses"))
+    return binned_average_precision(*(np.tensordot(draws, count, 1) for count in counts))
+
+
+def variance_of_test_set(pairs: list[tuple[dict, dict]], key: str) -> float:
+    """Variance of the mean difference of a test metric over (record, record) pairs, due to the choice of test images.
+
+    Accuracy is a mean over images, so it is their variance over their number. MAP and WGAP are not: whole
+    photos are redrawn, since crops of one photo are not independent.
+    """
+    file = lambda record: Path(record["path"]).with_suffix(".npz")
+    if key == "accuracy":
+        right = lambda arrays: (arrays["prediction"] == arrays["target"]).astype(np.float64)
+        each = np.mean([right(np.load(file(a))) - right(np.load(file(b))) for a, b in pairs], 0)
+        return float(np.var(each)) / len(each)
+    reduce = np.nanmean if key == "map" else np.nanmin
+    score = lambda record: reduce(redrawn_average_precisions(file(record)), 1)
+    return float(np.var(np.mean([score(a) - score(b) for a, b in pairs], 0)))
+
+
+def effect(rows: dict, row: str, other: str, key: str) -> tuple[float, float, list[float]]:
+    """Mean over seeds of the test metric's difference row - other, its standard error, the differences; in points.
+
+    The error has two sources, and their variances add: the seeds (the spread of the paired
+    differences) and the test set (`variance_of_test_set`). NaN error with fewer than two seeds.
+    """
+    ours, theirs = rows.get(row, {}), rows.get(other, {})
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    differences = [100 * (a["metrics"]["test"][key] - b["metrics"]["test"][key]) for a, b in pairs]
+    if len(pairs) < 2:
+        return (differences or [math.nan])[0], math.nan, differences
+    error = math.sqrt(np.var(differences, ddof=1) / len(pairs) + 100**2 * variance_of_test_set(pairs, key))
+    return float(np.mean(differences)), error, differences
+
+
+def sign_flip(differences: list[float]) -> float:
+    """Exact two-sided p of the paired sign-flip test: the share of sign choices whose |sum| is as large."""
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
+    return float(np.mean(np.abs(signs @ np.asarray(differences)) >= abs(sum(differences)) - 1e-12))
+
+
+def holm(ps: list[float]) -> list[float]:
+    """Holm's step-down correction of p values for testing several claims (Holm 1979)."""
+    adjusted, worst = [math.nan] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+def evidence(mean: float, error: float, dof: int, low: float, high: float) -> tuple[float, float]:
+    """One-sided t-test p values that the effect lies inside [low, high], and that it lies outside."""
+    above_low, below_high = (t_cdf(max(-1e9, min(1e9, x / max(error, 1e-9))), dof) for x in (mean - low, high - mean))
+    return max(1 - above_low, 1 - below_high), min(above_low, below_high)
+
+
+def judge(tables: dict[str, dict]) -> dict[str, dict]:
+    """The verdict rule, for every claim: {claim: effects, p values, verdict}.
+
+    A claim is supported if all its effects lie inside their ranges, contradicted if one lies
+    outside. Both are tested (the largest p of being inside; the smallest p of being outside, times
+    the number of effects), the smaller p counts twice for having looked both ways, and the p values
+    are corrected across claims by Holm. At 0.05 the claim is decided, else undecided. Sign-flip p
+    values over the seeds stand beside it: with six seeds the smallest possible is 1/32, which
+    Holm's correction over the claims can never pass, so they cannot decide.
+    """
+    found = {}
+    for name, (_, parts) in CLAIMS.items():
+        effects, inside, outside = [], [], []
+        for table, row, other, key, low, high in parts:
+            mean, error, differences = effect(tables[table], row, other, key)
+            effects.append({"row": row, "other": other, "metric": key, "mean": mean, "error": error,
+                            "seeds": len(differences), "sign_flip": sign_flip(differences)})
+            if len(differences) > 1:
+                p_inside, p_outside = evidence(mean, error, len(differences) - 1, low, high)
+                inside.append(p_inside)
+                outside.append(p_outside)
+        complete = len(inside) == len(parts)
+        supported, contradicted = max(inside) if complete else 1.0, min([1.0, *(len(parts) * p for p in outside)])
+        found[name] = {"effects": effects, "p": min(1.0, 2 * min(supported, contradicted)),
+                       "leans": "supported" if supported < contradicted else "contradicted"}
+    for claim, p in zip(found.values(), holm([claim["p"] for claim in found.values()])):
+        claim["p_holm"] = p
+        claim["verdict"] = claim["leans"] if p < 0.05 else "undecided"
+    return found
+
+
+def render_claims(found: dict[str, dict]) -> str:
+    """The verdicts as Markdown; of a claim with several effects the one farthest from zero is shown."""
+    lines = ["| claim | effect (points) | 95 % interval | seeds | p (Holm) | sign-flip p | verdict |",
+             "|---|---|--:|--:|--:|--:|---|"]
+    for name, claim in found.items():
+        shown = [e for e in claim["effects"] if e["seeds"]]
+        worst = max(shown, key=lambda e: abs(e["mean"]), default=None)
+        if worst is None:
+            lines.append(f"| {name} {CLAIMS[name][0]} | not run | | 0 | | | {claim['verdict']} |")
+            continue
+        half = worst["error"] * t_quantile(worst["seeds"] - 1) if worst["seeds"] > 1 else math.nan
+        span = "" if math.isnan(half) else f"{worst['mean'] - half:+.2f} to {worst['mean'] + half:+.2f}"
+        lines.append(f"| {name} {CLAIMS[name][0]} | {worst['mean']:+.2f} {worst['metric']}, `{worst['row']}` - "
+                     f"`{worst['other']}` | {span} | {worst['seeds']} | {claim['p_holm']:.3f} | "
+                     f"{worst['sign_flip']:.3f} | **{claim['verdict']}** |")
     return "\n".join(lines) + "\n"
 
 
@@ -305,15 +447,17 @@ def put_between_markers(path: Path, marker: str, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=list(REPORT), help="table to render")
+    parser.add_argument("what", choices=[*REPORT, "claims"], help="what to render")
     parser.add_argument("--protocol", default="report", help="which records: report, small or smoke (report)")
     parser.add_argument("--results", default="results", help="folder of the records (results)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds a full row has (the most that any row has)")
     args = parser.parse_args(argv)
     folder = Path(args.results, args.protocol)
-    rows = load_records(folder / args.what, args.protocol)
-    seeds = args.seeds or max((len(found) for found in rows.values()), default=0)
-    text = render(rows, args.what, seeds)
+    if args.what == "claims":
+        text = render_claims(judge({table: load_records(folder / table, args.protocol) for table in REPORT}))
+    else:
+        rows = load_records(folder / args.what, args.protocol)
+        text = render(rows, args.what, args.seeds or max((len(found) for found in rows.values()), default=0))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{args.what}.md").write_text(text)
     put_between_markers(Path(__file__).with_name("README.md"), f"{args.protocol} {args.what}", text)

@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     run = engine.Run(cfg, dataset)
     if run.record is None:
         engine.fit(run, models.cross_entropy)
-        run.finish(*run.evaluate(metrics.classification, lambda logits, _: {
-            "prediction": logits.argmax(1).byte().cpu().numpy()}))
+        run.finish(*run.evaluate(metrics.classification, lambda logits, split: {
+            "prediction": logits.argmax(1).byte().cpu().numpy(), "target": split.targets.cpu().numpy()}))
     for name, scores in run.record["metrics"].items():
         print(f"{name} accuracy {100 * scores['accuracy']:.2f}% of {scores['images']} images")
     print("dry run passed" if cfg.dry_run else f"record {run.record_file}")

@@ -48,7 +48,7 @@ class Config(engine.Settings):
             raise BadInput(f"--dropout {self.dropout}: must be in [0, 1)")
         for name in ("hourglasses", "intra_skip", "inter_skip", "norm", "act", "dropout"):
             if self.arch == "unet" and getattr(self, name) != getattr(Config, name):
-                raise BadInput(f"--{name.replace('_', '-')} is a switch of the hourglass; --arch unet takes --width alone")
+                raise BadInput(f"--{name.replace('_', '-')} switches the hourglass; --arch unet takes --width alone")
 
 
 PROTOCOLS = {

@@ -5,7 +5,8 @@
    at each step.
 2. Average precision of 7.5 million pixels, against scikit-learn.
 
-Times and ratios go to results/bench/speed.json. Rounds of the two sides alternate, so that a busy machine slows both; the median of the rounds' ratios counts.
+Times and ratios go to results/bench/speed.json. Rounds of the two sides alternate, so that a busy
+machine slows both; the median of the rounds' ratios counts.
 """
 
 import contextlib

@@ -138,8 +138,8 @@ def jpeg_mask(folder: Path):
 
 
 BROKEN = {
-    "an image without a mask": (lambda f: (f / "eecs442_0002.png").unlink(), r"eecs442_0002.jpg has no eecs442_0002.png"),
-    "a mask without an image": (lambda f: (f / "eecs442_0002.jpg").unlink(), r"eecs442_0002.png has no eecs442_0002.jpg"),
+    "an image without a mask": (lambda f: (f / "eecs442_0002.png").unlink(), r"0002.jpg has no eecs442_0002.png"),
+    "a mask without an image": (lambda f: (f / "eecs442_0002.jpg").unlink(), r"0002.png has no eecs442_0002.jpg"),
     "an unknown class": (lambda f: save_mask(f / "eecs442_0003.png", np.full((32, 32), 255, np.uint8)),
                          r"eecs442_0003.png has the value 255 in 1024 pixels; the classes are 0 others"),
     "a mask of another size": (lambda f: save_mask(f / "eecs442_0001.png", np.zeros((32, 16), np.uint8)),

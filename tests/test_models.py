@@ -214,6 +214,12 @@ def test_build_makes_what_the_settings_say():
     assert count(models.build(settings)) == vgg_parameters(1, 8, "stride", False)
 
 
+def test_multiply_adds_by_hand():
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    assert models.multiply_adds(conv, torch.Size([3, 10, 10])) == 9 * 3 * 8 * 100
+    assert models.multiply_adds(models.VGGResNet(), torch.Size([1, 28, 28])) == 73_308_416
+
+
 # ---- losses, against values worked out by hand ----
 
 def test_cross_entropy_by_hand():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import metrics
@@ -157,3 +158,105 @@ def test_a_failing_row_stops_make_with_the_scripts_own_line(make, tiny_root):
     (tiny_root / "mini_facade/train/eecs442_0000.png").unlink()
     done = make("table2/ce")
     assert done.returncode != 0 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- the claims, on made-up runs with known answers ----
+
+SEEDS = range(6)
+
+
+def runs(root, table, row, scores):
+    """Records of one row whose test metrics are scores[seed], and per-image arrays."""
+    generator = np.random.default_rng(list(row.encode()))
+    for seed, score in zip(SEEDS, scores):
+        folder = root / "small" / table / row
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"seed{seed}.json").write_text(json.dumps({
+            "config": {"protocol": "small", "seed": seed, "row": row}, "data": "d", "metrics": {"test": score}}))
+        if table == "table1":
+            right = generator.random(10_000) < score["accuracy"]
+            np.savez(folder / f"seed{seed}.npz", prediction=right.astype(np.uint8), target=np.ones(10_000, np.uint8))
+        else:
+            hits, misses = np.zeros((67, 5, metrics.BINS), np.int32), np.zeros((67, 5, metrics.BINS), np.int32)
+            hits[:, :, 100], misses[:, :, 100], misses[:, :, 50] = 60, 40, 400
+            np.savez(folder / f"seed{seed}.npz", hits=hits, misses=misses, groups=np.arange(67))
+
+
+def verdicts(root):
+    tables = {table: metrics.load_records(root / "small" / table, "small") for table in metrics.REPORT}
+    return metrics.judge(tables)
+
+
+def wobble(center, size=0.004):
+    return [center + size * (seed - 2.5) / 5 for seed in SEEDS]
+
+
+def test_verdicts_on_made_up_runs(tmp_path):
+    table2 = {"standard": (0.70, 0.40), "ce": (0.70, 0.32), "dice": (0.71, 0.40), "no-inter-skip": (0.60, 0.20),
+              "no-bn": (0.699, 0.40), "no-act": (0.69, 0.40), "hourglass-2-64": (0.72, 0.4),
+              "hourglass-4-32": (0.70, 0.4), "unet": (0.66, 0.4), "no-dropout": (0.695, 0.4)}
+    for i, (row, (map_, wgap)) in enumerate(table2.items()):
+        step = 0.0005 * (1 + i % 3)  # the paired differences wobble, by 0.05 to 0.1 points
+        scores = zip(wobble(map_, step), wobble(wgap, step))
+        runs(tmp_path, "table2", row, [{"map": map_, "wgap": wgap} for map_, wgap in scores])
+    accuracy = lambda row: 0.95 if row.startswith("stride") else 0.92 if row == "maxpool-2-32-noact" else 0.9
+    for row in metrics.REPORT["table1"]:
+        runs(tmp_path, "table1", row, [{"accuracy": a} for a in wobble(accuracy(row))])
+    found = {name: claim["verdict"] for name, claim in verdicts(tmp_path).items()}
+    assert found == {"C1": "contradicted",  # stride rows are 5 points away
+                     "C2": "supported",  # two points better does not hurt
+                     "C6": "supported", "C7": "contradicted", "C8": "supported", "C9": "contradicted",
+                     "C10": "contradicted", "C11": "supported", "C12": "supported", "C13": "contradicted"}
+
+
+def test_missing_rows_or_a_single_seed_decide_nothing(tmp_path):
+    assert {claim["verdict"] for claim in verdicts(tmp_path).values()} == {"undecided"}
+    for row, accuracy in (("maxpool-2-32", 0.9), ("maxpool-2-32-noact", 0.1)):
+        runs(tmp_path, "table1", row, [{"accuracy": accuracy}])
+    found = verdicts(tmp_path)
+    assert found["C2"]["verdict"] == "undecided" and found["C2"]["effects"][0]["mean"] == pytest.approx(-80)
+    text = metrics.render_claims(found)
+    assert "| C2 " in text and "-80.00 accuracy" in text and "| C6 Weighted" in text and "not run" in text
+
+
+def test_standard_error_adds_seeds_and_test_set(tmp_path):
+    """Two rows that disagree on 200 of 10,000 images, always the same way: by hand."""
+    for row, right in (("maxpool-2-32", 9000), ("maxpool-2-32-noact", 8800)):
+        for seed, shift in zip((0, 1), (0.0, 0.002)):
+            folder = tmp_path / "small/table1" / row
+            folder.mkdir(parents=True, exist_ok=True)
+            score = {"accuracy": right / 10_000 - (shift if "noact" in row else 0)}
+            (folder / f"seed{seed}.json").write_text(json.dumps({
+                "config": {"protocol": "small", "seed": seed}, "data": "d", "metrics": {"test": score}}))
+            np.savez(folder / f"seed{seed}.npz", prediction=np.arange(10_000) < right, target=np.ones(10_000, bool))
+    rows = metrics.load_records(tmp_path / "small/table1", "small")
+    mean, error, differences = metrics.effect(rows, "maxpool-2-32-noact", "maxpool-2-32", "accuracy")
+    assert differences == pytest.approx([-2.0, -2.2]) and mean == pytest.approx(-2.1)
+    from_seeds, from_images = 0.1, 100 * math.sqrt(0.02 * 0.98 / 10_000)  # points
+    assert error == pytest.approx(math.hypot(from_seeds, from_images), rel=0.05)
+
+
+def test_sign_flip_by_hand():
+    assert metrics.sign_flip([1.0, 2.0, 3.0]) == 2 / 8  # only all + and all - are as extreme
+    assert metrics.sign_flip([1.0, -1.0]) == 1
+    assert metrics.sign_flip([1.0] * 6) == 2 / 64
+
+
+def test_holm_by_hand():
+    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert metrics.holm([0.5, 0.6]) == [1.0, 1.0]
+
+
+def test_evidence():
+    inside, outside = metrics.evidence(0.0, 0.1, 5, -2, 2)
+    assert inside < 1e-5 and outside > 0.999
+    inside, outside = metrics.evidence(-5.0, 0.1, 5, -math.inf, -1)
+    assert inside < 1e-5 and outside > 0.999
+    inside, outside = metrics.evidence(3.0, 0.1, 5, -math.inf, -1)
+    assert inside > 0.999 and outside < 1e-5
+    assert metrics.evidence(2.0, 1.0, 2, 2, math.inf)[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("t, dof, expected", [(0, 3, 0.5), (1, 1, 0.75), (2.57058, 5, 0.975), (-2.57058, 5, 0.025)])
+def test_t_cdf_is_the_textbook_value(t, dof, expected):
+    assert metrics.t_cdf(t, dof) == pytest.approx(expected, abs=1e-6)
