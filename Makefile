@@ -1,7 +1,7 @@
 # The study as a dependency graph: every row's record of every seed is a file that is made once.
 #
 #   make demo | test | bench | data      see `make help`
-#   make table1 table2 claims            all rows, all seeds, then the tables and the verdicts
+#   make table1 table2 claims figures    all rows, all seeds, then the tables, the verdicts and the figures
 #   make table2/no-inter-skip            one row
 #
 #   PROTOCOL=  report (default, for a GPU), small (two CPU cores), smoke
@@ -57,7 +57,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENV := $(VENV)/.installed
 endif
 
-.PHONY: help env data demo test bench table1 table2 claims
+.PHONY: help env data demo test bench table1 table2 claims figures
 .DELETE_ON_ERROR:
 help:
 	@echo "make demo           environment, data, a short training of both base models, figures in $(DEMO)/"
@@ -102,6 +102,9 @@ ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_L
 # in seed order, so that one seed of every row exists before the second of any
 records = $(foreach seed,$(SEEDS),$(patsubst %,$(RESULTS)/%/seed$(seed).json,$(1)))
 
+figures: table1 table2
+	$(PY) interpret.py --study $(PROTOCOL) --results $(dir $(RESULTS))
+
 table1 table2 claims: %: $(RESULTS)/%.md
 	@cat $<
 
@@ -110,7 +113,7 @@ $(RESULTS)/claims.md: $(RESULTS)/table1.md $(RESULTS)/table2.md
 $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
 $(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/claims.md: metrics.py | $(ENV)
-	$(PY) metrics.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS))
+	$(PY) metrics.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS)) --page README.md
 
 .PHONY: $(ROWS)
 $(foreach row,$(ROWS),$(eval $(row): $(call records,$(row))))

@@ -60,7 +60,7 @@ class Settings:
     weight_decay: float = flag(1e-4, "L2 penalty of Adam")
     warmup: float = flag(0.0, "share of the steps that climb linearly to --lr; the rest falls to 0 as a cosine")
     precision: typing.Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "auto: bf16 where the device has it")
-    compile: bool = flag(False, "torch.compile the network: pays in long runs")
+    compile: bool = flag(False, "torch.compile the network: for GPUs, on a CPU it may slow the steps")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
     out: str | None = flag(None, "folder of seed<k>.json and seed<k>.pt (default: runs/ and what was changed)")

@@ -285,6 +285,13 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
 
 
+def paired(rows: dict, row: str, other: str, split: str, key: str) -> list[float]:
+    """A metric's differences row - other, by the seeds that both have, in order."""
+    ours, theirs = rows.get(row, {}), rows.get(other, {})
+    return [ours[seed]["metrics"][split][key] - theirs[seed]["metrics"][split][key]
+            for seed in sorted(ours.keys() & theirs.keys())]
+
+
 def cell(values: list[float], signed: bool) -> str:
     """"+0.42 ± 0.31" of percentages over seeds; the interval is missing where there is one seed."""
     mean, half = interval([100 * value for value in values])
@@ -294,24 +301,23 @@ def cell(values: list[float], signed: bool) -> str:
 def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
     """The table as Markdown: differences from the base row, paired by seed, beside the report's own."""
     base_row = next(iter(REPORT[table]))
-    base = rows.get(base_row, {})
     lines = ["| row | " + " | ".join(f"{name} | report" for name, _, _ in COLUMNS[table])
              + " | seeds | parameters | multiply-adds | training |",
              "|---|" + "--:|" * (2 * len(COLUMNS[table]) + 4)]
     for row in [*REPORT[table], *(row for row in rows if row not in REPORT[table])]:
         label, *reported = REPORT[table].get(row, (row, *[None] * len(COLUMNS[table])))
-        records = rows.get(row, {})
-        paired = sorted(records if row == base_row else records.keys() & base.keys())
-        cells = []
+        records, cells = rows.get(row, {}), []
         for (_, split, key), value in zip(COLUMNS[table], reported):
-            score = lambda record: record["metrics"][split][key]
-            values = [score(records[k]) - (0 if row == base_row else score(base[k])) for k in paired]
-            cells.append(cell(values, row != base_row) if paired else "not run")
+            if row == base_row:
+                values = [record["metrics"][split][key] for record in records.values()]
+            else:
+                values = paired(rows, row, base_row, split, key)
+            cells.append(cell(values, row != base_row) if values else "not run")
             cells.append("" if value is None else f"{value:.2f}" if row == base_row else f"{value:+.2f}")
-        cells.append(f"{len(paired)}" + ("" if len(paired) == seeds else f" of {seeds}"))
-        if paired:
-            one = records[paired[0]]
-            seconds = np.mean([records[k]["train_seconds"] for k in paired])
+        cells.append(f"{len(values)}" + ("" if len(values) == seeds else f" of {seeds}"))
+        if values:
+            one = next(iter(records.values()))
+            seconds = np.mean([record["train_seconds"] for record in records.values()])
             cells += [f"{one['parameters'] / 1e6:.2f} M", f"{one['multiply_adds'] / 1e6:,.0f} M", f"{seconds:,.0f} s"]
         else:
             cells += [""] * 3
@@ -357,11 +363,10 @@ def effect(rows: dict, row: str, other: str, key: str) -> tuple[float, float, li
     The error has two sources, and their variances add: the seeds (the spread of the paired
     differences) and the test set (`variance_of_test_set`). NaN error with fewer than two seeds.
     """
-    ours, theirs = rows.get(row, {}), rows.get(other, {})
-    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    differences = [100 * (a["metrics"]["test"][key] - b["metrics"]["test"][key]) for a, b in pairs]
-    if len(pairs) < 2:
+    differences = [100 * difference for difference in paired(rows, row, other, "test", key)]
+    if len(differences) < 2:
         return (differences or [math.nan])[0], math.nan, differences
+    pairs = [(rows[row][seed], rows[other][seed]) for seed in sorted(rows[row].keys() & rows[other].keys())]
     error = math.sqrt(np.var(differences, ddof=1) / len(pairs) + 100**2 * variance_of_test_set(pairs, key))
     return float(np.mean(differences)), error, differences
 
@@ -451,6 +456,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--protocol", default="report", help="which records: report, small or smoke (report)")
     parser.add_argument("--results", default="results", help="folder of the records (results)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds a full row has (the most that any row has)")
+    parser.add_argument("--page", help="file to put it into as well, between <!-- PROTOCOL WHAT --> markers")
     args = parser.parse_args(argv)
     folder = Path(args.results, args.protocol)
     if args.what == "claims":
@@ -460,7 +466,8 @@ def main(argv: list[str] | None = None) -> None:
         text = render(rows, args.what, args.seeds or max((len(found) for found in rows.values()), default=0))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{args.what}.md").write_text(text)
-    put_between_markers(Path(__file__).with_name("README.md"), f"{args.protocol} {args.what}", text)
+    if args.page:
+        put_between_markers(Path(args.page), f"{args.protocol} {args.what}", text)
 
 
 if __name__ == "__main__":

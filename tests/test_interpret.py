@@ -1,5 +1,7 @@
 """The pictures of a trained model: made from a finished run's checkpoint, of its own data alone."""
 
+import json
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -45,6 +47,32 @@ def test_rows_are_the_best_the_median_and_the_worst(tiny_root):
     assert [label[0].split(":")[0] for label in labels] == ["best", "median", "next to worst", "worst"]
     assert labels[0][1] == "mean IoU 100 %" and labels[-1][0] == "worst: no. 1"
     assert [ax.get_title() for ax in figure.axes[:4]] == ["image", "truth", "prediction", "errors"]
+
+
+def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, capsys):
+    record = json.loads(trained.with_suffix(".json").read_text())
+    for row in ("standard", "unet", "my-own"):
+        for seed in (0, 1):
+            record["config"]["seed"] = seed
+            record["metrics"]["test"]["map"] += 0.01 * (seed + len(row)) / 10
+            path = tmp_path / f"results/smoke/table2/{row}/seed{seed}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record))
+    assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
+    assert {path.name for path in (tmp_path / "results/smoke").glob("*.png")} == {"table2.png", "table2-curves.png",
+                                                                                 "imbalance.png"}
+    assert "table1 has no record yet" in capsys.readouterr().out
+
+
+def test_differences_show_ours_and_the_reports():
+    def record(value):
+        return {"metrics": {"test": {"accuracy": value}}}
+    rows = {"maxpool-2-32": {0: record(0.9), 1: record(0.9)}, "stride-2-32": {0: record(0.88), 1: record(0.89)},
+            "my-own": {0: record(0.95)}}
+    ax = interpret.draw_differences(rows, "table1").axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["stride-2-32", "my-own"]
+    drawn = sorted(round(float(line.get_xdata()[0]), 2) for line in ax.lines if line.get_marker() in ("o", "D"))
+    assert drawn == [-1.5, -1.15, 5.0]  # ours, the report's, and a row that the report does not have
 
 
 def test_refusals(trained, tiny_root, tmp_path, capsys):
