@@ -59,7 +59,7 @@ def load_data(record: dict, root: Path) -> Dataset:
 
 
 def draw_segmentation(dataset: Dataset, logits: Tensor, title: str) -> Figure:
-    """Four columns (image, truth, prediction, errors), a row for the best, two median and two worst images."""
+    """Four columns (image, truth, prediction, errors), a row for the best, the median and the two worst images."""
     names, split, prediction = dataset.classes, dataset.test, logits.argmax(1).cpu()
     scores = []
     for guess, truth in zip(prediction, split.targets):
@@ -99,7 +99,7 @@ def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
             found = (hit & (dataset.test.targets == c)).nonzero().flatten()
             if len(found):
                 i = int(found[0])
-                ax.imshow(dataset.test.images[i, 0], cmap="gray")
+                ax.imshow(dataset.test.images[i, 0].numpy(), cmap="gray")
                 ax.set_xlabel(f"{dataset.classes[prediction[i]]}\n{100 * probability[i]:.0f} %")
             else:
                 ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes)
