@@ -155,7 +155,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from returning every large tensor's pages to the system: 4 % of a CPU step were page faults."""
+    """Stop glibc from returning every large tensor's pages to the system, only to fault them in again next step."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: the largest block that comes from the heap, 1 GiB

@@ -110,7 +110,7 @@ def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
 def draw_differences(rows: dict, table: str) -> Figure:
     """A row's difference from the base in each test metric: ours with its 95 % interval, and the report's."""
     columns = [(i, *column) for i, column in enumerate(metrics.COLUMNS[table]) if column[1] == "test"]
-    base_row, *others = [row for row in rows]
+    base_row, *others = rows
     figure, axes = plt.subplots(1, len(columns), sharey=True, squeeze=False, layout="constrained",
                                 figsize=(3 + 3.4 * len(columns), 1.6 + 0.27 * len(others)))
     for ax, (i, name, split, key) in zip(axes[0], columns):
@@ -125,7 +125,7 @@ def draw_differences(rows: dict, table: str) -> Figure:
         ax.axvline(0, color="black", lw=0.8)
         ax.grid(axis="x", alpha=0.3)
         ax.set(xlabel=f"difference in {name} (points)", yticks=range(len(others)), yticklabels=others)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(others) - 0.5, -0.5)
     handles = [plt.Line2D([], [], marker="o", color="#0072B2", ls="", label=f"ours, {seeds_of(rows)}"),
                plt.Line2D([], [], marker="D", color="#E69F00", mec="black", ls="", label="the report, one run")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
@@ -152,6 +152,7 @@ def draw_curves(rows: dict) -> Figure:
                 loss = record["curve"]["loss"]
                 ax.plot(range(1, len(loss) + 1), loss, **style)
         ax.set_title(row, fontsize=9)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("epoch (grey: the base row)")
     figure.supylabel("training loss")
     return figure

@@ -90,7 +90,7 @@ def accuracy(logits: Tensor, target: Tensor) -> float:
 
 
 def ascending(x: Tensor) -> Tensor:
-    # NumPy's sort of plain floats uses the vector units of the CPU, torch's does not (2.8x apart)
+    # NumPy's sort of plain floats uses the vector units of the CPU, torch's does not
     return x.sort().values if x.is_cuda else torch.from_numpy(np.sort(x.cpu().numpy()))
 
 
@@ -285,11 +285,15 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
 
 
+def pairs_of(rows: dict, row: str, other: str) -> list[tuple[dict, dict]]:
+    """The records of two rows by the seeds that both have, in order."""
+    ours, theirs = rows.get(row, {}), rows.get(other, {})
+    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+
 def paired(rows: dict, row: str, other: str, split: str, key: str) -> list[float]:
     """A metric's differences row - other, by the seeds that both have, in order."""
-    ours, theirs = rows.get(row, {}), rows.get(other, {})
-    return [ours[seed]["metrics"][split][key] - theirs[seed]["metrics"][split][key]
-            for seed in sorted(ours.keys() & theirs.keys())]
+    return [a["metrics"][split][key] - b["metrics"][split][key] for a, b in pairs_of(rows, row, other)]
 
 
 def cell(values: list[float], signed: bool) -> str:
@@ -366,8 +370,8 @@ def effect(rows: dict, row: str, other: str, key: str) -> tuple[float, float, li
     differences = [100 * difference for difference in paired(rows, row, other, "test", key)]
     if len(differences) < 2:
         return (differences or [math.nan])[0], math.nan, differences
-    pairs = [(rows[row][seed], rows[other][seed]) for seed in sorted(rows[row].keys() & rows[other].keys())]
-    error = math.sqrt(np.var(differences, ddof=1) / len(pairs) + 100**2 * variance_of_test_set(pairs, key))
+    from_test_set = 100**2 * variance_of_test_set(pairs_of(rows, row, other), key)
+    error = math.sqrt(np.var(differences, ddof=1) / len(differences) + from_test_set)
     return float(np.mean(differences)), error, differences
 
 
