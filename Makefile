@@ -124,3 +124,16 @@ $(RESULTS)/$(1)/seed%.json: | $(ENV)
 	$(RUN) $(PY) $(script/$(patsubst %/,%,$(dir $(1)))) --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) $($(1)) --out $$(@D)
 endef
 $(foreach row,$(ROWS),$(eval $(call row_rule,$(row))))
+
+# ---- trained weights, which are not committed, for what reads models rather than records ----
+
+# a run is deterministic, so where the study was not run here the row is trained again, beside its committed record;
+# the target is the run's record, which is written last: the checkpoint beside it is whole once it is there
+define weights_rule
+runs/$(PROTOCOL)/$(1)/seed%.json: | $(ENV)
+	mkdir -p $$(@D)
+	if [ -f $(RESULTS)/$(1)/seed$$*.json ] && [ -f $(RESULTS)/$(1)/seed$$*.pt ]; \
+	then cp $(RESULTS)/$(1)/seed$$*.pt $(RESULTS)/$(1)/seed$$*.json $$(@D); \
+	else $(RUN) $(PY) $(script/$(patsubst %/,%,$(dir $(1)))) --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) $($(1)) --out $$(@D); fi
+endef
+$(foreach row,$(ROWS),$(eval $(call weights_rule,$(row))))
