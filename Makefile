@@ -28,6 +28,7 @@ table1/maxpool-2-16             := --width 16
 table1/maxpool-2-64             := --width 64
 table1/maxpool-2-32-noact       := --act none
 table1/maxpool-2-32-transformer := --block transformer
+table1/blurpool-2-32            := --down blurpool
 
 table2/standard                 :=
 table2/unet                     := --arch unet
@@ -45,6 +46,20 @@ table2/no-dropout               := --dropout 0
 
 script/table1 := train_cls.py
 script/table2 := train_seg.py
+
+# ---- the surrogates of the attention study: classifiers of grids, their digit 3 tied to Trouser ever more strongly ----
+
+surrogates/frozen-tie0    := --frozen --epochs 1 --lr 1e-2 --tie 0
+surrogates/frozen-tie0.5  := --frozen --epochs 1 --lr 1e-2 --tie 0.5
+surrogates/frozen-tie0.9  := --frozen --epochs 1 --lr 1e-2 --tie 0.9
+surrogates/frozen-tie1    := --frozen --epochs 1 --lr 1e-2 --tie 1
+surrogates/scratch-tie0   := --tie 0
+surrogates/scratch-tie0.5 := --tie 0.5
+surrogates/scratch-tie0.9 := --tie 0.9
+surrogates/scratch-tie1   := --tie 1
+
+# fewer grids in more steps where there is no GPU
+composites/small := --train-images 8000 --batch 32 --lr 2e-3 --warmup 0.2
 
 # ---- the environment ----
 
@@ -125,10 +140,10 @@ $(RESULTS)/$(1)/seed%.json: | $(ENV)
 endef
 $(foreach row,$(ROWS),$(eval $(call row_rule,$(row))))
 
-# ---- trained weights, which are not committed, for what reads models rather than records ----
+# ---- attention and shift invariance: measured on trained weights, which are not committed ----
 
-# a run is deterministic, so where the study was not run here the row is trained again, beside its committed record;
-# the target is the run's record, which is written last: the checkpoint beside it is whole once it is there
+# A run is deterministic, so where the study was not run here the row is trained again, beside its committed record.
+# The target is the run's record, which is written last: the checkpoint beside it is whole once it is there.
 define weights_rule
 runs/$(PROTOCOL)/$(1)/seed%.json: | $(ENV)
 	mkdir -p $$(@D)
@@ -137,3 +152,14 @@ runs/$(PROTOCOL)/$(1)/seed%.json: | $(ENV)
 	else $(RUN) $(PY) $(script/$(patsubst %/,%,$(dir $(1)))) --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) $($(1)) --out $$(@D); fi
 endef
 $(foreach row,$(ROWS),$(eval $(call weights_rule,$(row))))
+
+SURROGATES := $(shell sed -n 's|^\(surrogates/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))
+base := runs/$(PROTOCOL)/table1/maxpool-2-32/seed
+define surrogate_rule
+runs/$(PROTOCOL)/$(1)/seed%.json: | $(ENV) $(if $(filter --frozen,$($(1))),$(base)%.json)
+	$(RUN) $(PY) train_cls.py --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) --composites $(composites/$(PROTOCOL)) $($(1)) $(if $(filter --frozen,$($(1))),--base $(base)$$*.pt) --out $$(@D)
+endef
+$(foreach row,$(SURROGATES),$(eval $(call surrogate_rule,$(row))))
+
+# what is missing in runs/ is made only where a missing measurement needs it
+.SECONDARY: $(foreach seed,$(SEEDS),$(patsubst %,runs/$(PROTOCOL)/%/seed$(seed).json,$(ROWS) $(SURROGATES)))

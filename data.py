@@ -242,6 +242,71 @@ def load_fashion(root: Path, split: str = "full", limit: int = 60000) -> Dataset
                    train, test, "val" if split == "dev" else "test")
 
 
+# ---- composites: one Fashion-MNIST image among three digits ----
+
+TIED_CLASS, TIED_DIGIT = FASHION_CLASSES.index("Trouser"), 3
+
+
+@dataclass(frozen=True)
+class Composites:
+    """A split of 2x2 grids: its labels are the Fashion classes; cells int64 (N,), digits uint8 (N, 3) say what lies where.
+
+    Cells are numbered by rows: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+    """
+    split: Split
+    cells: Tensor
+    digits: Tensor
+
+
+def composites(fashion: Split, digits: Split, seed: int, tie: float = 0.0, cell: int | None = None,
+               shift: tuple[int, int] = (0, 0)) -> Composites:
+    """2x2 grids, uint8 (N, 1, 2H, 2W), made on the splits' device: image i of `fashion` and three digits in each.
+
+    Grid i depends on (seed, i) alone. The Fashion image lies in a random cell, or in `cell`, with the
+    same digits. `tie` is the strength of the spurious tie: with this probability a grid follows the
+    rule that Trousers, and they alone, come with a digit 3; else its digits are independent of the
+    class. `shift` rolls the grid by (down, right) pixels, around its borders.
+    """
+    n, device = len(fashion), fashion.images.device
+    # row i of the table is the same for every n
+    u = torch.from_numpy(np.random.default_rng(seed).random((n, 7))).to(device)
+    three = digits.targets == TIED_DIGIT
+    threes, others = three.nonzero().flatten(), (~three).nonzero().flatten()
+    pick = lambda pool, u: pool[(u * len(pool)).long()]
+    independent = (u[:, 1:4] * len(digits)).long()
+    spurious = (fashion.targets == TIED_CLASS)[:, None] & (torch.arange(3, device=device) == (u[:, 4:5] * 3).long())
+    tied = torch.where(spurious, pick(threes, u[:, 5:6]), pick(others, u[:, 1:4]))
+    picks = torch.where(u[:, 6:7] < tie, tied, independent)
+    cells = (u[:, 0] * 4).long() if cell is None else torch.full((n,), cell, device=device)
+    tiles = torch.cat([fashion.images[:, None], digits.images[picks]], 1)  # the Fashion image is tile 0
+    order = (torch.arange(4, device=device) - cells[:, None]) % 4  # which tile goes into each cell
+    tiles = tiles[torch.arange(n, device=device)[:, None], order]
+    _, _, channels, height, width = tiles.shape
+    grids = tiles.view(n, 2, 2, channels, height, width).permute(0, 3, 1, 4, 2, 5)
+    grids = grids.reshape(n, channels, 2 * height, 2 * width).roll(shift, (2, 3))
+    return Composites(Split(grids, fashion.targets, fashion.photos), cells, digits.targets[picks])
+
+
+def load_digits(root: Path, split: str = "full") -> tuple[Split, Split]:
+    """MNIST's two splits, held out as in `load_fashion`."""
+    train, test = load_idx(root, "MNIST")
+    return (train, test) if split == "full" else (train.map(lambda t: t[:50000]), train.map(lambda t: t[50000:]))
+
+
+def load_composites(root: Path, split: str = "full", limit: int = 60000, tie: float = 0.0) -> Dataset:
+    """Composites of Fashion-MNIST and MNIST: a training split of `limit` grids, tied by `tie`, and an untied held-out one.
+
+    A quarter as many grids are held out, at most all 10,000. Both splits keep Fashion-MNIST's mean
+    and standard deviation: frozen features must see the values that they were trained on.
+    """
+    fashion, digits = load_fashion(root, split, limit), load_digits(root, split)
+    held_out = fashion.test.map(lambda t: t[:max(1, limit // 4)])
+    digest = hashlib.sha256(f"{fashion.digest} {IDX_DIGESTS['MNIST']} tie {tie}".encode()).hexdigest()
+    return replace(fashion, name="Fashion+MNIST grids", digest=digest,
+                   train=composites(fashion.train, digits[0], 0, tie).split,
+                   test=composites(held_out, digits[1], 1).split)
+
+
 # ---- facades ----
 
 def read_image(path: Path, content: bytes) -> Image.Image:

@@ -43,9 +43,17 @@ SOURCE = Path(__file__).parent
 
 # ---- settings and the command line ----
 
-def flag(default: object, help: str) -> typing.Any:
-    """A setting: its default and what `-h` says of it."""
-    return field(default=default, metadata={"help": help})
+def flag(default: object, help: str, place: bool = False) -> typing.Any:
+    """A setting: its default and what `-h` says of it.
+
+    `place` marks where and how a run is made, but not what it computes: it may differ between two
+    halves of one run, and no record holds it.
+    """
+    return field(default=default, metadata={"help": help, "place": place})
+
+
+def places(config: object) -> set[str]:
+    return {setting.name for setting in dataclasses.fields(config) if setting.metadata["place"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +69,10 @@ class Settings:
     warmup: float = flag(0.0, "share of the steps that climb linearly to --lr; the rest falls to 0 as a cosine")
     precision: typing.Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "auto: bf16 where the device has it")
     compile: bool = flag(False, "torch.compile the network: for GPUs, on a CPU it may slow the steps")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
-    data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
-    out: str | None = flag(None, "folder of seed<k>.json and seed<k>.pt (default: runs/ and what was changed)")
-    dry_run: bool = flag(False, "one step of everything on one batch; leaves no file")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", place=True)
+    data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)", place=True)
+    out: str | None = flag(None, "folder of seed<k>.json, seed<k>.pt (default: runs/ and what was changed)", place=True)
+    dry_run: bool = flag(False, "one step of everything on one batch; leaves no file", place=True)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
@@ -78,10 +86,6 @@ class Settings:
             raise BadInput(f"--warmup {self.warmup}: must be in [0, 1)")
         if not 0 <= self.seed < 2**31:
             raise BadInput(f"--seed {self.seed}: must be in [0, 2^31)")
-
-
-# where and how a run is made, but not what it computes: may differ between two halves of one run
-PLACE = ("device", "data_root", "out", "dry_run")
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,7 +120,7 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
     protocol = given.get("protocol", "report")
     base = config(**{**protocols[protocol], "protocol": protocol})
     changed = [f"{name}={value}" for name, value in given.items()
-               if name not in (*PLACE, "seed") and value != getattr(base, name)]
+               if name not in places(base) | {"seed"} and value != getattr(base, name)]
     out = Path("runs", parser.prog.removesuffix(".py"), protocol, ",".join(changed) or "base")
     return dataclasses.replace(base, **{"out": str(out), **given})
 
@@ -258,10 +262,10 @@ class Run:
     OUT/seed<k>.pt is the checkpoint, rewritten every epoch, and in the end the trained model with its
     record; seed<k>.npz holds results per image; seed<k>.json is the record, written last: where it
     exists, the run is complete, and `record` holds it. BadInput if a file belongs to other settings,
-    data or another model.
+    data or another model. `start` holds weights to start from, instead of random ones.
     """
 
-    def __init__(self, cfg: Settings, dataset: Dataset):
+    def __init__(self, cfg: Settings, dataset: Dataset, start: dict[str, Tensor] | None = None):
         self.device = pick_device(cfg.device)
         if cfg.dry_run:
             self.scratch = tempfile.TemporaryDirectory()
@@ -276,9 +280,11 @@ class Run:
         self.data = dataset.to(self.device)
         torch.manual_seed(cfg.seed)
         self.model = models.build(dataclasses.asdict(cfg)).to(self.device, memory_format=torch.channels_last)
+        if start is not None:
+            self.model.load_state_dict(start)
         self.optimizer = torch.optim.Adam(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        config = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in PLACE}
+        config = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in places(cfg)}
         self.identity = {"script": Path(sys.argv[0]).name, "config": config, "data": dataset.digest}
         self.checkpoint = Path(cfg.out, f"seed{cfg.seed}.pt")
         self.record_file = self.checkpoint.with_suffix(".json")
@@ -308,7 +314,11 @@ class Run:
             self.save()  # a place that cannot be written shows now, not after the first epoch
 
     def refuse_other(self, path: Path, found: dict) -> None:
-        theirs, ours = ({**identity["config"], "data": identity["data"]} for identity in (found, self.identity))
+        # a file from before a setting was added was made with what is its default
+        defaults = {setting.name: setting.default for setting in dataclasses.fields(self.cfg)
+                    if setting.name in self.identity["config"]}
+        theirs, ours = ({**defaults, **identity["config"], "data": identity["data"]}
+                        for identity in (found, self.identity))
         differing = [f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in {**theirs, **ours}
                      if theirs.get(key) != ours.get(key)]
         if differing:

@@ -97,12 +97,25 @@ class TransformerBlock(nn.Module):
         return x.transpose(1, 2).reshape(n, width, h, w)
 
 
+class BlurPool(nn.Module):
+    """Anti-aliased 2x2 max-pool (Zhang 2019, section 3.2): a max at every pixel, then a blur of stride 2.
+
+    The blur is the 3x3 binomial filter, which is a 2x2 average twice. (N, C, H, W) -> (N, C, H/2, W/2).
+    """
+
+    padding_mode = "replicate"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.pad(x, (1, 1, 1, 1), mode=self.padding_mode), 2, 1)
+        return F.avg_pool2d(F.avg_pool2d(x, 2, 1), 2)
+
+
 class VGGResNet(nn.Module):
     """VGG-ResNet(depth, width, down) of the report's Table 1.
 
     Three stages of widths b, 2b, 4b, `depth` blocks each. `down` is how the second and third stage
-    halve the image: "maxpool", a 2x2 max-pool before the stage, or "stride", stride 2 in its first
-    block. Then global average pooling and one linear layer, which makes class activation maps exact
+    halve the image: "maxpool", a 2x2 max-pool before the stage, "blurpool", the same without
+    aliasing, or "stride", stride 2 in its first block. Then global average pooling and one linear layer, which makes class activation maps exact
     (Zhou et al. 2016, section 2). `block="transformer"` makes the last stage's blocks attention.
 
     Input (N, channels, H, W) with H and W multiples of 4, else ValueError; logits (N, classes).
@@ -120,12 +133,25 @@ class VGGResNet(nn.Module):
             halve = down if stage > 0 else "none"
             if halve == "maxpool":
                 layers.append(nn.MaxPool2d(2))
+            elif halve == "blurpool":
+                layers.append(BlurPool())
             for i in range(depth):
                 stride = 2 if halve == "stride" and i == 0 else 1
                 layers.append(kind(channels, cout, stride, skip, norm, act))
                 channels = cout
         self.stages = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, classes)
+        self.frozen = False
+
+    def freeze(self) -> None:
+        """From now on train the classifier alone: the stages keep their weights and BatchNorm statistics."""
+        self.frozen = True
+        self.stages.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "VGGResNet":
+        super().train(mode)
+        self.stages.train(mode and not self.frozen)
+        return self
 
     def features(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, 4*width, H/4, W/4), what the head averages."""

@@ -4,18 +4,23 @@
     python train_cls.py --depth 4 --down stride --no-skip --act gelu
     python train_cls.py --block transformer --seed 1
     python train_cls.py --protocol smoke --device cpu    seconds
+    python train_cls.py --composites --tie 0.9           on grids of one garment and three digits
+    python train_cls.py --composites --frozen --base runs/.../seed0.pt --epochs 1
 
 The same command goes on where a killed run stopped, and does nothing where it is complete.
 """
 
 import sys
 import typing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
 
 import engine
 import metrics
 import models
-from data import BadInput, find_root, load_fashion
+from data import BadInput, find_root, load_composites, load_fashion
 from engine import flag
 
 
@@ -23,11 +28,15 @@ from engine import flag
 class Config(engine.Settings):
     depth: int = flag(2, "residual blocks in each of the three stages")
     width: int = flag(32, "channels of the first stage; the next ones have 2x and 4x")
-    down: typing.Literal["maxpool", "stride"] = flag("maxpool", "how the second and third stage halve the image")
+    down: typing.Literal["maxpool", "stride", "blurpool"] = flag("maxpool", "how the second and third stage halve the image")
     skip: bool = flag(True, "residual add inside each block")
     norm: bool = flag(True, "BatchNorm after each convolution")
     act: typing.Literal["relu", "gelu", "none"] = flag("relu", "activation")
     block: typing.Literal["residual", "transformer"] = flag("residual", "blocks of the last stage")
+    composites: bool = flag(False, "train on 2x2 grids of one Fashion-MNIST image and three MNIST digits")
+    tie: float = flag(0.0, "composites: strength of the spurious tie of Trouser to the digit 3, 0 to 1")
+    frozen: bool = flag(False, "keep the features of --base and train the classifier alone")
+    base: str | None = flag(None, "frozen: seed<k>.pt of a finished run of the same network", place=True)
     train_images: int = flag(60000, "use only the first so many training images")
     epochs: int = flag(20, "passes over the training split")
     batch: int = flag(128, "images a step")
@@ -37,6 +46,12 @@ class Config(engine.Settings):
         for name in ("depth", "width", "train_images"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.tie <= 1:
+            raise BadInput(f"--tie {self.tie}: must be in [0, 1]")
+        if self.tie and not self.composites:
+            raise BadInput("--tie is of the digits in --composites: give both")
+        if self.frozen != (self.base is not None):
+            raise BadInput("--frozen takes its features from --base: give both")
 
 
 PROTOCOLS = {
@@ -46,14 +61,31 @@ PROTOCOLS = {
 }
 
 
+def base_weights(cfg: Config) -> dict[str, torch.Tensor]:
+    """The weights that --frozen starts from. BadInput if --base is another network."""
+    model, record = engine.load_trained(Path(cfg.base), torch.device("cpu"))
+    for name in ("depth", "width", "down", "skip", "norm", "act", "block"):
+        if record["config"].get(name) != asdict(cfg)[name]:
+            raise BadInput(f"--base {cfg.base} has {name} {record['config'].get(name)}, this run has "
+                           f"{asdict(cfg)[name]}: give the flags that it was trained with")
+    return model.state_dict()
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = engine.parse(Config, __doc__, argv, PROTOCOLS)
-    dataset = load_fashion(find_root(cfg.data_root), cfg.split, cfg.train_images)
-    run = engine.Run(cfg, dataset)
+    root = find_root(cfg.data_root)
+    if cfg.composites:
+        dataset = load_composites(root, cfg.split, cfg.train_images, cfg.tie)
+    else:
+        dataset = load_fashion(root, cfg.split, cfg.train_images)
+    run = engine.Run(cfg, dataset, base_weights(cfg) if cfg.frozen else None)
+    if cfg.frozen:
+        run.model.freeze()
     if run.record is None:
         engine.fit(run, models.cross_entropy)
         run.finish(*run.evaluate(metrics.classification, lambda logits, split: {
-            "prediction": logits.argmax(1).byte().cpu().numpy(), "target": split.targets.cpu().numpy()}))
+            "prediction": logits.argmax(1).byte().cpu().numpy(), "target": split.targets.cpu().numpy()}),
+            features_sha256=models.weights_digest(run.model.stages) if cfg.frozen else None)
     for name, scores in run.record["metrics"].items():
         print(f"{name} accuracy {100 * scores['accuracy']:.2f}% of {scores['images']} images")
     print("dry run passed" if cfg.dry_run else f"record {run.record_file}")
