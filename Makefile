@@ -3,6 +3,7 @@
 #   make demo | test | bench | data      see `make help`
 #   make table1 table2 claims figures    all rows, all seeds, then the tables, the verdicts and the figures
 #   make table2/no-inter-skip            one row
+#   make interpret                       attention and shift invariance: surrogates, measurements, figures
 #
 #   PROTOCOL=  report (default, for a GPU), small (two CPU cores), smoke
 #   SEEDS=     "0 1 2 3 4 5" (report), "0 1 2" (small), 0 (smoke)
@@ -60,6 +61,13 @@ surrogates/scratch-tie1   := --tie 1
 
 # fewer grids in more steps where there is no GPU
 composites/small := --train-images 8000 --batch 32 --lr 2e-3 --warmup 0.2
+measure/small := --images 2000 --sweep-images 128
+measure/smoke := --images 64 --sweep-images 2
+
+# how far features are from moving with the image is measured for these rows of Table 1
+EQUIVARIANCE := maxpool-2-32 blurpool-2-32 stride-2-32
+equivariance/small := --sweep-images 32
+equivariance/smoke := --sweep-images 2
 
 # ---- the environment ----
 
@@ -72,7 +80,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENV := $(VENV)/.installed
 endif
 
-.PHONY: help env data demo test bench table1 table2 claims figures
+.PHONY: help env data demo test bench table1 table2 claims figures interpret
 .DELETE_ON_ERROR:
 help:
 	@echo "make demo           environment, data, a short training of both base models, figures in $(DEMO)/"
@@ -80,6 +88,8 @@ help:
 	@echo "make bench          speed of the training step and of average precision, as ratios"
 	@echo "make data           fetch and check the data sets"
 	@echo "make table1 table2  the study: all rows, all seeds (PROTOCOL= SEEDS= DEVICE= RUN= PY=, see the Makefile)"
+	@echo "make claims figures the verdicts on the report's claims, and all figures, from what was run"
+	@echo "make interpret      where the models look and what a shift does to them"
 
 env: $(ENV)
 
@@ -117,17 +127,17 @@ ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_L
 # in seed order, so that one seed of every row exists before the second of any
 records = $(foreach seed,$(SEEDS),$(patsubst %,$(RESULTS)/%/seed$(seed).json,$(1)))
 
-figures: table1 table2
+figures: table1 table2 interpret $(RESULTS)/predictions.png
 	$(PY) interpret.py --study $(PROTOCOL) --results $(dir $(RESULTS))
 
 table1 table2 claims: %: $(RESULTS)/%.md
 	@cat $<
 
-$(RESULTS)/claims.md: $(RESULTS)/table1.md $(RESULTS)/table2.md
+$(RESULTS)/claims.md: $(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md
 
 $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
-$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/claims.md: metrics.py | $(ENV)
+$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: metrics.py | $(ENV)
 	$(PY) metrics.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS)) --page README.md
 
 .PHONY: $(ROWS)
@@ -160,6 +170,32 @@ runs/$(PROTOCOL)/$(1)/seed%.json: | $(ENV) $(if $(filter --frozen,$($(1))),$(bas
 	$(RUN) $(PY) train_cls.py --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) --composites $(composites/$(PROTOCOL)) $($(1)) $(if $(filter --frozen,$($(1))),--base $(base)$$*.pt) --out $$(@D)
 endef
 $(foreach row,$(SURROGATES),$(eval $(call surrogate_rule,$(row))))
+
+attention := $(patsubst surrogates/%,attention/%,$(SURROGATES))
+equivariance := $(patsubst %,equivariance/%,$(EQUIVARIANCE))
+define attention_rule
+$(RESULTS)/attention/$(1)/seed%.json: | runs/$(PROTOCOL)/surrogates/$(1)/seed%.json
+	$(RUN) $(PY) interpret.py --measure runs/$(PROTOCOL)/surrogates/$(1)/seed$$*.pt --device $(DEVICE) $(measure/$(PROTOCOL)) --out $$(@D)
+endef
+define equivariance_rule
+$(RESULTS)/equivariance/$(1)/seed%.json: | runs/$(PROTOCOL)/table1/$(1)/seed%.json
+	$(RUN) $(PY) interpret.py --measure runs/$(PROTOCOL)/table1/$(1)/seed$$*.pt --device $(DEVICE) $(equivariance/$(PROTOCOL)) --out $$(@D)
+endef
+$(foreach row,$(SURROGATES),$(eval $(call attention_rule,$(notdir $(row)))))
+$(foreach row,$(EQUIVARIANCE),$(eval $(call equivariance_rule,$(row))))
+
+interpret: $(RESULTS)/attention.md $(RESULTS)/attention.png
+	@cat $<
+	$(PY) interpret.py --study $(PROTOCOL) --results $(dir $(RESULTS))
+
+$(RESULTS)/attention.md: $(call records,$(attention) $(equivariance))
+
+first := $(firstword $(SEEDS))
+# the report's Figures 1 and 4
+$(RESULTS)/attention.png: | $(foreach kind,frozen scratch,runs/$(PROTOCOL)/surrogates/$(kind)-tie0.9/seed$(first).json)
+	$(PY) interpret.py $(foreach kind,frozen scratch,--$(kind) runs/$(PROTOCOL)/surrogates/$(kind)-tie0.9/seed$(first).pt) --figure $@
+$(RESULTS)/predictions.png: | runs/$(PROTOCOL)/table2/standard/seed$(first).json
+	$(PY) interpret.py --checkpoint runs/$(PROTOCOL)/table2/standard/seed$(first).pt --figure $@
 
 # what is missing in runs/ is made only where a missing measurement needs it
 .SECONDARY: $(foreach seed,$(SEEDS),$(patsubst %,runs/$(PROTOCOL)/%/seed$(seed).json,$(ROWS) $(SURROGATES)))

@@ -39,6 +39,8 @@ from torchvision.transforms.v2 import functional as TF
 
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
 FACADE_CLASSES = ("others", "facade", "pillar", "window", "balcony")
+# Okabe and Ito's colours, which every kind of colour vision tells apart
+FACADE_PALETTE = ((60, 60, 60), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115))
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 # what `tree_digest` gives for the pinned sets: of the uncompressed files, whatever they were packed in
@@ -100,8 +102,13 @@ class Dataset:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> float32 channels_last, zero mean and unit variance over the train split."""
-        images = images.to(torch.float32, memory_format=torch.channels_last)
-        return images.sub_(per_channel(self.mean, images.device)).div_(per_channel(self.std, images.device))
+        return normalise(images, self.mean, self.std)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (N, C, H, W) -> float32 channels_last, (value / 255 - mean) / std per channel."""
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    return images.sub_(per_channel(mean, images.device)).div_(per_channel(std, images.device))
 
 
 @functools.cache  # made once: a copy to a GPU in each step would wait for it

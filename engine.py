@@ -107,6 +107,8 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(setting.type) is typing.Literal:
             options["choices"] = typing.get_args(setting.type)
+        elif tuple[str, ...] in typing.get_args(setting.type):
+            options |= {"nargs": "+", "metavar": "FILE"}
         else:
             options["type"] = setting.type if setting.type in (int, float) else str
             options["metavar"] = options["type"].__name__.upper()

@@ -1,55 +1,258 @@
-"""Look at what a trained model does.
+"""Where a trained model looks, what a shift does to it, and the pictures of the study.
 
-    python interpret.py --study small                    figures of a protocol's records, into results/small/
-    python interpret.py --checkpoint runs/.../seed0.pt --figure predictions.png
+    python interpret.py                                     Figure 1: class activation maps of both surrogates
+    python interpret.py --checkpoint runs/.../seed0.pt      predictions for the held-out images of a finished run
+    python interpret.py --checkpoint FILE --image A.png B.jpg    attention, or class probabilities, over your own images
+    python interpret.py --measure FILE --out results/small/attention/frozen-tie0     a record of measurements
+    python interpret.py --study small                       all figures that records alone can give
 
-The first draws, from records alone, each row's difference from the base row beside the report's,
-the training curves of all rows, and the class imbalance (the report's Figure 3). The second draws
-predictions for the held-out images of a finished run. Segmentation: image, truth, prediction and
-errors of the best, the median and the worst images by mean IoU. Classification: of each class the
-first image that is predicted right and the first that is predicted wrong.
+`--measure` takes a surrogate, a classifier of 2x2 grids (`train_cls.py --composites`), and writes where its
+attention lies, what the tied digit and the place of the garment do to it, and a sweep over all pixel
+shifts; of any other classifier it writes how far its features are from moving with the image.
+`make interpret` runs all of it.
 """
 
+import copy
+import dataclasses
+import hashlib
+import io
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 import data
 import engine
+import figures
 import metrics
-from data import BadInput, Dataset
+import models
+from data import BadInput, Composites, Dataset, Split
 from engine import flag
 
-matplotlib.use("Agg")  # draws to files, needs no screen
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
-
-# Okabe and Ito's colours, which every kind of colour vision tells apart, in the order of FACADE_CLASSES
-PALETTE = np.array([(60, 60, 60), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115)], dtype=np.uint8)
-WRONG = np.array((204, 121, 167), dtype=np.uint8)  # the same set's purple, no class has it
+TEST_GRIDS = 1  # seed of the held-out grids, as in data.load_composites
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    frozen: str = flag("runs/report/surrogates/frozen-tie0.9/seed0.pt", "Figure 1: the surrogate with frozen features")
+    scratch: str = flag("runs/report/surrogates/scratch-tie0.9/seed0.pt", "Figure 1: the one trained from scratch")
+    checkpoint: str | None = flag(None, "seed<k>.pt of a finished run, to see its predictions")
+    image: tuple[str, ...] | None = flag(None, "your own images, for --checkpoint; Fashion-MNIST is light on black")
+    figure: str | None = flag(None, "picture to write: .png, .pdf or .svg (default: attention.png, predictions.png)")
+    measure: str | None = flag(None, "seed<k>.pt of a finished classifier, to write a record of measurements")
+    images: int = flag(10000, "measure: held-out images")
+    sweep_images: int = flag(1000, "measure: held-out images that are moved by every shift")
+    out: str | None = flag(None, "measure: folder of the record")
     study: str | None = flag(None, "protocol whose records to draw: report, small or smoke")
-    results: str = flag("results", "folder of the records")
-    checkpoint: str | None = flag(None, "seed<k>.pt of a finished run")
-    figure: str = flag("predictions.png", "picture to write: .png, .pdf or .svg")
+    results: str = flag("results", "study: folder of the records")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
 
+    def __post_init__(self) -> None:
+        if self.figure is not None and Path(self.figure).suffix not in (".png", ".pdf", ".svg"):
+            raise BadInput(f"--figure {self.figure}: must end in .png, .pdf or .svg")
+        if min(self.images, self.sweep_images) < 1:
+            raise BadInput("--images and --sweep-images must be at least 1")
+        if self.measure is not None and self.out is None:
+            raise BadInput("--measure needs --out, the folder of its record")
+        if self.image is not None and self.checkpoint is None:
+            raise BadInput("--image needs --checkpoint, the seed<k>.pt of a finished run")
+
+
+# ---- class activation maps ----
+
+def activation_maps(model: nn.Module, features: Tensor) -> Tensor:
+    """Exact class activation maps (Zhou et al. 2016, section 2): float32 (N, classes, h, w).
+
+    What each position of the features (N, C, h, w) gives to each class's logit: summed over
+    positions, plus the classifier's bias, they are the logits.
+    """
+    positions = features.shape[2] * features.shape[3]
+    return torch.einsum("nchw,kc->nkhw", features.float(), model.classifier.weight) / positions
+
+
+@torch.inference_mode()
+def look(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) of a split, and the class activation maps (N, classes, h, w) that they sum."""
+    maps = []
+    for images, _ in data.batches(dataset, split, batch):
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            features = model.features(images)
+        maps.append(activation_maps(model, features))
+    maps = torch.cat(maps)
+    return maps.sum((2, 3)) + model.classifier.bias, maps
+
+
+def attention_in_cell(maps: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Of maps (N, h, w): the share of their positive mass that lies in cell (N,) of the 2x2 grid, and
+    whether their highest point lies there (Zhang et al. 2018, the pointing game). A map that is
+    positive nowhere has share 0. Chance is 1/4 for both.
+    """
+    n, height, width = maps.shape
+    quarters = maps.view(n, 2, height // 2, 2, width // 2).transpose(2, 3).reshape(n, 4, -1)
+    mass = quarters.clamp_min(0).sum(2)
+    share = mass.gather(1, cells[:, None])[:, 0] / mass.sum(1).clamp_min(1e-12)
+    return share, quarters.amax(2).argmax(1) == cells
+
+
+# ---- measurements of a surrogate ----
+
+class Bench:
+    """A surrogate and the held-out images its grids are made of."""
+
+    def __init__(self, model: nn.Module, record: dict, root: Path, device: torch.device, images: int):
+        config = record["config"]
+        held_out = data.load_fashion(root, config["split"]).to(device)
+        digits = data.load_digits(root, config["split"])[1].map(lambda t: t.to(device))
+        self.model, self.digits, self.batch = model, digits, config["batch"]
+        self.dataset = dataclasses.replace(held_out, test=held_out.test.map(lambda t: t[:images]))
+        self.dtype = getattr(torch, record["environment"]["precision"])
+
+    def grids(self, count: int | None = None, **how: object) -> Composites:
+        garments = self.dataset.test.map(lambda t: t[:count])
+        return data.composites(garments, self.digits, TEST_GRIDS, **how)
+
+    def look(self, grids: Composites) -> tuple[Tensor, Tensor]:
+        return look(self.model, self.dataset, grids.split, self.batch, self.dtype)
+
+    def predict(self, split: Split) -> Tensor:
+        return engine.predict(self.model, self.dataset, split, max(self.batch, 128), self.dtype).argmax(1)
+
+
+def measure_attention(bench: Bench) -> tuple[dict, dict[str, Tensor]]:
+    """Accuracy and attention on untied and tied grids, and accuracy by cell: scores, and arrays per grid."""
+    arrays, scores = {}, {}
+    targets = bench.dataset.test.targets
+    for suffix, tie in (("", 0.0), ("_tied", 1.0)):
+        grids = bench.grids(tie=tie)
+        logits, maps = bench.look(grids)
+        prediction = logits.argmax(1)
+        true_maps = maps[torch.arange(len(targets)), targets.long()]
+        arrays["mass" + suffix], arrays["pointing" + suffix] = attention_in_cell(true_maps, grids.cells)
+        arrays["accuracy" + suffix] = prediction == targets
+        if tie == 0:
+            arrays |= {"prediction": prediction.byte(), "target": targets}
+            with_three = (grids.digits == data.TIED_DIGIT).any(1)
+            other = targets != data.TIED_CLASS
+            false = (prediction == data.TIED_CLASS).double()
+            scores["trouser_with_three"] = false[other & with_three].mean().item()
+            scores["trouser_without_three"] = false[other & ~with_three].mean().item()
+    in_cell = [(bench.predict(bench.grids(cell=cell).split) == targets).double() for cell in range(4)]
+    scores |= {f"accuracy_cell{cell}": right.mean().item() for cell, right in enumerate(in_cell)}
+    arrays |= {f"cell{cell}_minus_cell0": in_cell[cell] - in_cell[0] for cell in (1, 2, 3)}
+    for name, values in arrays.items():
+        if name not in ("prediction", "target"):
+            scores[name] = values.double().mean().item()
+    return scores, arrays
+
+
+def sweep_shifts(bench: Bench, count: int) -> dict[str, Tensor]:
+    """Every shift by 0 to 28 pixels down and right of grids whose garment lies top left: it stays whole.
+
+    Float32 (29, 29): `sweep_accuracy`, and `sweep_consistency`, the share of grids that keep the prediction
+    they have unshifted. Per grid: `shifted_minus_whole`, its share of right predictions over all shifts less
+    that over the four moves by whole cells.
+    """
+    start = bench.grids(count, cell=0).split
+    side = start.images.shape[-1] // 2 + 1
+    predictions = torch.stack([torch.stack([bench.predict(dataclasses.replace(
+        start, images=start.images.roll((down, right), (2, 3)))) for right in range(side)]) for down in range(side)])
+    right = (predictions == start.targets).double()
+    whole = right[::side - 1, ::side - 1]
+    return {"sweep_accuracy": right.mean(2).float(),
+            "sweep_consistency": (predictions == predictions[0, 0]).double().mean(2).float(),
+            "shifted_minus_whole": right.mean((0, 1)) - whole.mean((0, 1))}
+
+
+# ---- how far features move with the image ----
+
+def fourier_shift(x: Tensor, down: float, right: float) -> Tensor:
+    """Roll (N, C, h, w) by fractions of a pixel: exact for what lies below the sampling limit."""
+    height, width = x.shape[-2:]
+    turn = -2j * torch.pi * (torch.fft.fftfreq(height, device=x.device)[:, None] * down
+                             + torch.fft.rfftfreq(width, device=x.device) * right)
+    return torch.fft.irfft2(torch.fft.rfft2(x) * turn.exp(), s=(height, width))
+
+
+def with_circular_padding(model: nn.Module) -> nn.Module:
+    """A copy without borders: what a filter would see beyond one side it sees from the other."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, models.BlurPool)):
+            module.padding_mode = "circular"
+    return model
+
+
+@torch.inference_mode()
+def equivariance_error(model: nn.Module, images: Tensor, shifts: int = 8) -> list[list[float]]:
+    """Mean over images of ||f(shift x) - shift f(x)|| / ||f(x)||, for shifts down and right of 0 to shifts - 1 pixels.
+
+    images float32 (N, C, H, W). Images are rolled; features, which are coarser by the model's stride, are
+    rolled by the fraction in Fourier space, so what remains is aliasing (Zhang 2019) and the borders.
+    """
+    features = model.features(images)
+    norm = features.flatten(1).norm(dim=1)
+    error = lambda down, right: (model.features(images.roll((down, right), (2, 3))) - fourier_shift(
+        features, down / model.stride, right / model.stride)).flatten(1).norm(dim=1) / norm
+    return [[error(down, right).mean().item() for right in range(shifts)] for down in range(shifts)]
+
+
+def measure(cfg: Config) -> None:
+    """Write OUT/seed<k>.npz and, last, OUT/seed<k>.json; nothing where the record exists."""
+    device = engine.pick_device(cfg.device)
+    model, trained = engine.load_trained(Path(cfg.measure), device)
+    config = trained["config"]
+    if "depth" not in config:
+        raise BadInput(f"--measure {cfg.measure} is a segmentation network; it measures classifiers")
+    path = Path(cfg.out, f"seed{config['seed']}.json")
+    if path.exists():
+        print(f"record {path} is there already")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bench = Bench(model, trained, data.find_root(cfg.data_root), device, cfg.images)
+    arrays, more = {}, {}
+    if config.get("composites"):
+        scores, arrays = measure_attention(bench)
+        if config["tie"] == 0:  # the shifts ask about places, not about the tie
+            arrays |= sweep_shifts(bench, cfg.sweep_images)
+            scores["shifted_minus_whole"] = arrays["shifted_minus_whole"].mean().item()
+    else:
+        images = bench.dataset.normalise(bench.grids(cfg.sweep_images).split.images)
+        more["error"] = {"zeros": equivariance_error(model, images),
+                         "circular": equivariance_error(with_circular_padding(model), images)}
+        scores = {f"equivariance_error_{padding}": float(np.mean(error)) for padding, error in more["error"].items()}
+    digest = hashlib.sha256(f"{data.IDX_DIGESTS} {config['split']} {cfg.images} {cfg.sweep_images}".encode()).hexdigest()
+    record = engine.jsonable({
+        "script": "interpret.py", "config": config, "data": digest, "images": cfg.images,
+        "sweep_images": cfg.sweep_images, "environment": engine.environment(device, bench.dtype), "trained": trained,
+        "metrics": {"test": scores}, **more})
+    if arrays:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{name: shrunk(values.cpu().numpy()) for name, values in arrays.items()})
+        engine.write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
+    engine.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+    print("  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
+    print(f"record {path}")
+
+
+def shrunk(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32) if values.dtype == np.float64 else values
+
+
+# ---- pictures ----
 
 def load_data(record: dict, root: Path) -> Dataset:
     """The data set that a record's run was trained and tested on. BadInput if the root holds another."""
     config = record["config"]
     if "arch" in config:
         dataset = data.load_facades(root, config["split"], config["size"])
+    elif config.get("composites"):
+        dataset = data.load_composites(root, config["split"], config["train_images"], config["tie"])
     else:
         dataset = data.load_fashion(root, config["split"], config["train_images"])
     if dataset.digest != record["data"]:
@@ -58,149 +261,38 @@ def load_data(record: dict, root: Path) -> Dataset:
     return dataset
 
 
-def draw_segmentation(dataset: Dataset, logits: Tensor, title: str) -> Figure:
-    """Four columns (image, truth, prediction, errors), a row for the best, the median and the two worst images."""
-    names, split, prediction = dataset.classes, dataset.test, logits.argmax(1).cpu()
-    scores = []
-    for guess, truth in zip(prediction, split.targets):
-        iou = metrics.ious(metrics.confusion(guess, truth, len(names)))
-        scores.append(metrics.mean_present(iou))
-    order = np.argsort(scores)[::-1]
-    n = len(order)
-    rows = {"best": 0, "median": n // 2, "next to worst": n - 2, "worst": n - 1}
-    figure, axes = plt.subplots(len(rows), 4, figsize=(8.4, 2.15 * len(rows) + 0.9), layout="constrained")
-    for row, (label, rank) in zip(axes, rows.items()):
-        i = int(order[max(rank, 0)])
-        image, truth = split.images[i].permute(1, 2, 0).numpy(), split.targets[i].numpy()
-        grey = np.repeat(image.mean(2, keepdims=True) * 0.5 + 110, 3, 2).astype(np.uint8)
-        wrong = (prediction[i].numpy() != truth)[..., None]
-        panels = {"image": image, "truth": PALETTE[truth], "prediction": PALETTE[prediction[i].numpy()],
-                  "errors": np.where(wrong, WRONG, grey)}
-        for ax, (name, panel) in zip(row, panels.items()):
-            ax.imshow(panel, interpolation="nearest")
-            ax.set(xticks=[], yticks=[], title=name if label == "best" else "")
-        row[0].set_ylabel(f"{label}: no. {i}\nmean IoU {100 * scores[i]:.0f} %")
-        row[3].set_xlabel(f"{100 * wrong.mean():.0f} % of pixels wrong")
-    figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=name)
-                           for name, colour in zip(names, PALETTE)], loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(title)
-    return figure
+def draw_figure1(cfg: Config, device: torch.device) -> figures.Figure:
+    """The first held-out grid, in their order, that both surrogates get right, that one of them does, that none does."""
+    runs = {}
+    for name, file in (("frozen", cfg.frozen), ("scratch", cfg.scratch)):
+        if not Path(file).exists():
+            raise BadInput(f"{file} is not there: `make interpret` trains the surrogates, or name one with --{name}")
+        runs[name] = engine.load_trained(Path(file), device)
+        if not runs[name][1]["config"].get("composites"):
+            raise BadInput(f"--{name} {file} is no surrogate: train it with train_cls.py --composites")
+    root = data.find_root(cfg.data_root)
+    found = {}
+    for name, (model, record) in runs.items():
+        bench = Bench(model, record, root, device, min(cfg.images, 2000))
+        grids = bench.grids()
+        found[name] = [t.cpu() for t in bench.look(grids)]
+    targets = grids.split.targets.cpu()
+    right = {name: logits.argmax(1) == targets for name, (logits, _) in found.items()}
+    samples = []
+    for frozen, scratch in ((True, True), (True, False), (False, True), (False, False)):
+        match = ((right["frozen"] == frozen) & (right["scratch"] == scratch)).nonzero().flatten()
+        if len(match):
+            i = int(match[0])
+            samples.append({"index": i, "grid": grids.split.images[i, 0].cpu().numpy(), "target": int(targets[i]),
+                            "cell": int(grids.cells[i]),
+                            "maps": {name: maps[i].numpy() for name, (_, maps) in found.items()}})
+    ties = {name: record["config"]["tie"] for name, (_, record) in runs.items()}
+    return figures.draw_attention(samples, bench.dataset.classes, "Class activation maps of the first held-out grid of "
+                                  f"each kind, untied (trained with tie {ties['frozen']} and {ties['scratch']})")
 
 
-def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
-    """Two rows, a column for each class: its first image that is predicted right, its first that is wrong."""
-    probability, prediction = (t.cpu() for t in logits.softmax(1).max(1))
-    right = prediction == dataset.test.targets
-    figure, axes = plt.subplots(2, len(dataset.classes), figsize=(12, 3.5), layout="constrained")
-    for row, (label, hit) in zip(axes, (("right", right), ("wrong", ~right))):
-        row[0].set_ylabel(label)
-        for c, (ax, name) in enumerate(zip(row, dataset.classes)):
-            ax.set(xticks=[], yticks=[], title=name if label == "right" else "")
-            found = (hit & (dataset.test.targets == c)).nonzero().flatten()
-            if len(found):
-                i = int(found[0])
-                ax.imshow(dataset.test.images[i, 0].numpy(), cmap="gray")
-                ax.set_xlabel(f"{dataset.classes[prediction[i]]}\n{100 * probability[i]:.0f} %")
-            else:
-                ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes)
-    figure.suptitle(title)
-    return figure
-
-
-def draw_differences(rows: dict, table: str) -> Figure:
-    """A row's difference from the base in each test metric: ours with its 95 % interval, and the report's."""
-    columns = [(i, *column) for i, column in enumerate(metrics.COLUMNS[table]) if column[1] == "test"]
-    base_row, *others = rows
-    figure, axes = plt.subplots(1, len(columns), sharey=True, squeeze=False, layout="constrained",
-                                figsize=(3 + 3.4 * len(columns), 1.6 + 0.27 * len(others)))
-    for ax, (i, name, split, key) in zip(axes[0], columns):
-        for y, row in enumerate(others):
-            values = [100 * difference for difference in metrics.paired(rows, row, base_row, split, key)]
-            if values:
-                mean, half = metrics.interval(values)
-                ax.errorbar(mean, y + 0.12, xerr=None if np.isnan(half) else half, fmt="o", color="#0072B2", capsize=3)
-            reported = metrics.REPORT[table].get(row, [None] * 4)[i + 1]
-            if reported is not None:
-                ax.plot(reported, y - 0.12, "D", color="#E69F00", mec="black", mew=0.6)
-        ax.axvline(0, color="black", lw=0.8)
-        ax.grid(axis="x", alpha=0.3)
-        ax.set(xlabel=f"difference in {name} (points)", yticks=range(len(others)), yticklabels=others)
-    axes[0, 0].set_ylim(len(others) - 0.5, -0.5)
-    handles = [plt.Line2D([], [], marker="o", color="#0072B2", ls="", label=f"ours, {seeds_of(rows)}"),
-               plt.Line2D([], [], marker="D", color="#E69F00", mec="black", ls="", label="the report, one run")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def seeds_of(rows: dict) -> str:
-    counts = sorted({len(seeds) for seeds in rows.values()})
-    return f"{counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} seed{'s' * (counts[-1] > 1)}"
-
-
-def draw_curves(rows: dict) -> Figure:
-    """Training loss by epoch: a small panel for each row over the base row's curves in grey."""
-    columns = 4
-    lines = -(-len(rows) // columns)
-    figure, axes = plt.subplots(lines, columns, sharex=True, sharey=True, squeeze=False, layout="constrained",
-                                figsize=(2.4 * columns, 0.6 + 1.7 * lines))
-    base = next(iter(rows.values()))
-    for ax in axes.flat[len(rows):]:
-        ax.set_visible(False)
-    for ax, (row, seeds) in zip(axes.flat, rows.items()):
-        for runs, style in ((base, {"color": "0.7", "lw": 2.5}), (seeds, {"color": "#0072B2", "marker": "."})):
-            for record in runs.values():
-                loss = record["curve"]["loss"]
-                ax.plot(range(1, len(loss) + 1), loss, **style)
-        ax.set_title(row, fontsize=9)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel("epoch (grey: the base row)")
-    figure.supylabel("training loss")
-    return figure
-
-
-def draw_imbalance(record: dict) -> Figure:
-    """The report's Figure 3: each class's share of the training pixels."""
-    names, pixels = record["about_data"]["classes"], np.array(record["class_pixels"])
-    figure, ax = plt.subplots(figsize=(5, 2.4), layout="constrained")
-    bars = ax.barh(names, 100 * pixels / pixels.sum(), color=PALETTE / 255, edgecolor="black", linewidth=0.6)
-    ax.bar_label(bars, fmt="%.1f %%", padding=3)
-    ax.invert_yaxis()
-    ax.set_xlim(0, 118 * pixels.max() / pixels.sum())
-    ax.set(xlabel=f"share of the training pixels (%), {record['about_data']['name']}")
-    return figure
-
-
-def draw_study(protocol: str, folder: Path) -> None:
-    for table in metrics.REPORT:
-        rows = metrics.load_records(folder / table, protocol)
-        if not rows:
-            print(f"{folder / table} has no record yet, so no figure")
-            continue
-        figures = {f"{table}.png": draw_differences(rows, table), f"{table}-curves.png": draw_curves(rows)}
-        if table == "table2":
-            figures["imbalance.png"] = draw_imbalance(next(iter(next(iter(rows.values())).values())))
-        for name, figure in figures.items():
-            save(figure, folder / name)
-
-
-def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    print(f"figure {path}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, __doc__, argv)
-    if cfg.study is not None:
-        return draw_study(cfg.study, Path(cfg.results, cfg.study))
-    if cfg.checkpoint is None:
-        raise BadInput("--checkpoint is missing: name the seed<k>.pt of a finished run, or a protocol with --study")
-    if Path(cfg.figure).suffix not in (".png", ".pdf", ".svg"):
-        raise BadInput(f"--figure {cfg.figure}: must end in .png, .pdf or .svg")
-    device = engine.pick_device(cfg.device)
-    model, record = engine.load_trained(Path(cfg.checkpoint), device)
-    dataset = load_data(record, data.find_root(cfg.data_root))
+def draw_predictions(model: nn.Module, record: dict, root: Path, device: torch.device) -> figures.Figure:
+    dataset = load_data(record, root)
     on_device = dataset.to(device)
     logits = engine.predict(model, on_device, on_device.test, record["config"]["batch"],
                             getattr(torch, record["environment"]["precision"]))
@@ -208,10 +300,107 @@ def main(argv: list[str] | None = None) -> None:
     kind = f"{dataset.name}, {len(dataset.test)} {dataset.held_out} images"
     if "map" in scores:
         title = f"{kind}: MAP {100 * scores['map']:.1f} %, WGAP {100 * scores['wgap']:.1f} %"
-        figure = draw_segmentation(dataset, logits, title)
+        return figures.draw_segmentation(dataset, logits, title)
+    return figures.draw_classification(dataset, logits, f"{kind}: accuracy {100 * scores['accuracy']:.2f} %")
+
+
+@torch.inference_mode()
+def draw_images(model: nn.Module, record: dict, paths: list[str], device: torch.device) -> figures.Figure:
+    """A user's images, scaled to the training size: the three likeliest classes' attention, or all probabilities."""
+    about, segments = record["about_data"], "arch" in record["config"]
+    images, maps, captions = [], [], []
+    for path in paths:
+        image = data.read_image(Path(path), Path(path).read_bytes()).convert("RGB" if segments else "L")
+        scale = about["size"] / min(image.size)
+        width, height = (max(1, round(side * scale / model.stride)) * model.stride for side in image.size)
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).reshape(height, width, -1)
+        batch = data.normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device),
+                               tuple(about["mean"]), tuple(about["std"]))
+        images.append(np.asarray(image))
+        if segments:
+            maps.append(model(batch).softmax(1)[0].cpu().numpy())
+            shares = np.bincount(maps[-1].argmax(0).reshape(-1), minlength=len(about["classes"])) / (height * width)
+            captions.append([f"{name}: {100 * share:.0f} % of pixels" for name, share in zip(about["classes"], shares)])
+        else:
+            layers = activation_maps(model, model.features(batch))
+            logits = layers.sum((2, 3)) + model.classifier.bias
+            likely, order = logits.softmax(1)[0].topk(3)
+            maps.append(layers[0, order].cpu().numpy())
+            captions.append([f"{about['classes'][c]} {100 * p:.0f} %" for c, p in zip(order.tolist(), likely.tolist())])
+        print(f"{path}: {', '.join(captions[-1])}")
+    return figures.draw_overlays(images, maps, [Path(path).name for path in paths], captions, diverging=not segments)
+
+
+def traced(model: models.HourGlass, shape: tuple[int, int, int]) -> list[dict]:
+    """The model's residual blocks and head in the order they run, read off the modules as they run on `shape`."""
+    blocks, hooks = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, models.ResidualBlock) or module is model.head:
+            def note(module, inputs, output, name=name):
+                parts = name.split(".")
+                kind = {"stem": "stem", "head": "1x1 head", "down": "down", "up": "up"}.get(parts[-1], "bottleneck")
+                partner = [i for i, b in enumerate(blocks) if b["name"] == ".".join([*parts[:-1], "down"])]
+                joined = kind == "up" and model.get_submodule(".".join(parts[:-1])).inter_skip
+                blocks.append({"name": name, "kind": kind, "shape": tuple(output.shape[1:]),
+                               "joins": partner[0] if joined else None})
+            hooks.append(module.register_forward_hook(note))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *shape))
+    for hook in hooks:
+        hook.remove()
+    return blocks
+
+
+def draw_study(protocol: str, results: Path) -> None:
+    """All figures that the records of a protocol can give, into its folder."""
+    folder = results / protocol
+    pictures = {"hourglass.png": figures.draw_architecture(
+        traced(models.HourGlass(2, 2), (3, 64, 64)), "HourGlass(2, 2): channels of each block")}
+    for table in metrics.REPORT:
+        rows = metrics.load_records(folder / table, protocol)
+        if not rows:
+            print(f"{folder / table} has no record yet, so no figure")
+            continue
+        pictures |= {f"{table}.png": figures.draw_differences(rows, table), f"{table}-curves.png":
+                     figures.draw_curves(rows)}
+        if table == "table2":
+            pictures["imbalance.png"] = figures.draw_imbalance(next(iter(next(iter(rows.values())).values())))
+    rows = metrics.load_records(folder / "attention", protocol)
+    if rows:
+        pictures["ties.png"] = figures.draw_ties(rows)
+        swept = {row: metrics.mean_arrays(rows[row], ("sweep_accuracy", "sweep_consistency"))
+                 for row in ("frozen-tie0", "scratch-tie0") if row in rows}
+        if swept:
+            pictures["shifts.png"] = figures.draw_shifts(rows, swept)
+        names = next(iter(next(iter(rows.values())).values()))["trained"]["about_data"]["classes"]
+        confusions = {f"{row}, all seeds": metrics.summed_confusion(rows[row], len(names))
+                      for row in ("frozen-tie0.9", "scratch-tie0.9") if row in rows}
+        if confusions:
+            pictures["confusion.png"] = figures.draw_confusions(confusions, names)
+    rows = metrics.load_records(folder / "equivariance", protocol)
+    if rows:
+        pictures["equivariance.png"] = figures.draw_equivariance(rows)
+    for name, figure in pictures.items():
+        figures.save(figure, folder / name)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = engine.parse(Config, __doc__, argv)
+    if cfg.study is not None:
+        return draw_study(cfg.study, Path(cfg.results))
+    if cfg.measure is not None:
+        return measure(cfg)
+    device = engine.pick_device(cfg.device)
+    if cfg.checkpoint is None:
+        figure, name = draw_figure1(cfg, device), "attention.png"
     else:
-        figure = draw_classification(dataset, logits, f"{kind}: accuracy {100 * scores['accuracy']:.2f} %")
-    save(figure, Path(cfg.figure))
+        model, record = engine.load_trained(Path(cfg.checkpoint), device)
+        name = "predictions.png"
+        if cfg.image is not None:
+            figure = draw_images(model, record, list(cfg.image), device)
+        else:
+            figure = draw_predictions(model, record, data.find_root(cfg.data_root), device)
+    figures.save(figure, Path(cfg.figure or name))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python metrics.py table1 --protocol small     results/small/table1/*/seed*.json -> results/small/table1.md
     python metrics.py table2                      the same for Table 2, protocol report
+    python metrics.py attention --protocol small  where the surrogates look, what ties and shifts do to them
     python metrics.py claims --protocol small     the verdict on each of the report's claims
 
 All values are fractions in [0, 1]; the tables print them as percent. Counts are int64 and ratios
@@ -62,14 +63,21 @@ REPORT = {
     },
 }
 # The report's conclusions. Each is one or more differences (table, row, other row, metric, low, high), in points of the
-# test split: the claim says that row - other lies in [low, high]. "About 8" is taken as 8 give or take half of it,
-# "matters" as more than one point, "does not hurt" as less than half a point, "collapses" as more than twenty.
+# test split: the claim says that row - other (or the row's own value) lies in [low, high]. "About 8" is taken as 8 give or take half of it,
+# "matters" as more than one point, "does not hurt" as less than half a point, "does not change" as less than one, "collapses" as more than twenty.
 INF = math.inf
 CLAIMS = {
     "C1": ("On Fashion-MNIST architecture choices matter little: all rows within 2 points of the base",
            [("table1", row, "maxpool-2-32", "accuracy", -2, 2) for row in REPORT["table1"] if row != "maxpool-2-32"]),
     "C2": ("Removing the non-linearity does not hurt when max-pooling is there",
            [("table1", "maxpool-2-32-noact", "maxpool-2-32", "accuracy", -0.5, INF)]),
+    "C3": ("Convolution is translation invariant: where the garment lies does not change the frozen model's accuracy",
+           [("attention", "frozen-tie0", None, key, -1, 1) for key in (
+               "cell1_minus_cell0", "cell2_minus_cell0", "cell3_minus_cell0", "shifted_minus_whole")]),
+    "C4": ("The spurious digit (tie 0.9) did not hurt the classification of untied grids",
+           [("attention", f"{kind}-tie0.9", f"{kind}-tie0", "accuracy", -0.5, INF) for kind in ("frozen", "scratch")]),
+    "C5": ("Attention lies on the garment: more than half of the true class's positive CAM mass (tie 0.9)",
+           [("attention", f"{kind}-tie0.9", None, "mass", 50, INF) for kind in ("frozen", "scratch")]),
     "C6": ("Weighted cross entropy raises WGAP by about 8 points", [("table2", "standard", "ce", "wgap", 4, 12)]),
     "C7": ("Dice does not improve MAP", [("table2", "dice", "standard", "map", -INF, 0)]),
     "C8": ("Inter skips matter, for MAP and for WGAP", [("table2", "no-inter-skip", "standard", "map", -INF, -1),
@@ -238,7 +246,8 @@ def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
     ValueError names a record that does not belong: of another protocol, other data, other shared
     settings than the base row's, or another configuration than its own row's other seeds.
     """
-    rows, known = {}, list(REPORT[folder.name])
+    rows, known = {}, list(REPORT.get(folder.name, ()))
+    shared = SHARED if known else ("protocol",)  # the surrogates are trained in different ways
     found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     for row in [row for row in known if row in found] + [row for row in found if row not in known]:
         for path in sorted(folder.glob(f"{row}/seed*.json")):
@@ -251,7 +260,7 @@ def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
             config, path = record["config"], record["path"]
             if config["protocol"] != protocol:
                 raise ValueError(f"{path} is of protocol {config['protocol']}, this is the {protocol} table")
-            for key in SHARED:
+            for key in shared:
                 if config.get(key) != records[0]["config"].get(key):
                     raise ValueError(f"{path} has {key} {config.get(key)}, but {records[0]['path']} has "
                                      f"{records[0]['config'].get(key)}: a row may differ by its own switch alone")
@@ -293,8 +302,10 @@ def pairs_of(rows: dict, row: str, other: str) -> list[tuple[dict, dict]]:
     return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
 
 
-def paired(rows: dict, row: str, other: str, split: str, key: str) -> list[float]:
-    """A metric's differences row - other, by the seeds that both have, in order."""
+def paired(rows: dict, row: str, other: str | None, split: str, key: str) -> list[float]:
+    """A metric's differences row - other, by the seeds that both have, in order; without `other` the row's own values."""
+    if other is None:
+        return [record["metrics"][split][key] for _, record in sorted(rows.get(row, {}).items())]
     return [a["metrics"][split][key] - b["metrics"][split][key] for a, b in pairs_of(rows, row, other)]
 
 
@@ -347,23 +358,36 @@ def redrawn_average_precisions(path: Path) -> np.ndarray:
     return binned_average_precision(*(np.tensordot(draws, count, 1) for count in counts))
 
 
-def variance_of_test_set(pairs: list[tuple[dict, dict]], key: str) -> float:
-    """Variance of the mean difference of a test metric over (record, record) pairs, due to the choice of test images.
+def arrays_of(record: dict) -> dict[str, np.ndarray]:
+    """The arrays per image or photo that lie beside a record."""
+    with np.load(Path(record["path"]).with_suffix(".npz")) as arrays:
+        return dict(arrays)
 
-    Accuracy is a mean over images, so it is their variance over their number. MAP and WGAP are not: whole
-    photos are redrawn, since crops of one photo are not independent.
+
+def each_image(record: dict, key: str) -> np.ndarray:
+    """The values per test image whose mean is a metric: accuracy, and all that interpret.py measures."""
+    arrays = arrays_of(record)
+    return (arrays[key] if key in arrays else arrays["prediction"] == arrays["target"]).astype(np.float64)
+
+
+def variance_of_test_set(rows: dict, row: str, other: str | None, key: str) -> float:
+    """Variance of the mean over seeds of a test metric's difference row - other, due to the choice of test images.
+
+    MAP and WGAP are no means over images, and crops of one photo are not independent: whole photos are
+    redrawn. All other metrics are means, so it is the variance over images divided by their number.
     """
-    file = lambda record: Path(record["path"]).with_suffix(".npz")
-    if key == "accuracy":
-        right = lambda arrays: (arrays["prediction"] == arrays["target"]).astype(np.float64)
-        each = np.mean([right(np.load(file(a))) - right(np.load(file(b))) for a, b in pairs], 0)
-        return float(np.var(each)) / len(each)
-    reduce = np.nanmean if key == "map" else np.nanmin
-    score = lambda record: reduce(redrawn_average_precisions(file(record)), 1)
-    return float(np.var(np.mean([score(a) - score(b) for a, b in pairs], 0)))
+    if key in ("map", "wgap"):
+        reduce = np.nanmean if key == "map" else np.nanmin
+        score = lambda record: reduce(redrawn_average_precisions(Path(record["path"]).with_suffix(".npz")), 1)
+        return float(np.var(np.mean([score(a) - score(b) for a, b in pairs_of(rows, row, other)], 0)))
+    if other is None:
+        each = np.mean([each_image(record, key) for record in rows[row].values()], 0)
+    else:
+        each = np.mean([each_image(a, key) - each_image(b, key) for a, b in pairs_of(rows, row, other)], 0)
+    return float(np.var(each)) / len(each)
 
 
-def effect(rows: dict, row: str, other: str, key: str) -> tuple[float, float, list[float]]:
+def effect(rows: dict, row: str, other: str | None, key: str) -> tuple[float, float, list[float]]:
     """Mean over seeds of the test metric's difference row - other, its standard error, the differences; in points.
 
     The error has two sources, and their variances add: the seeds (the spread of the paired
@@ -372,7 +396,7 @@ def effect(rows: dict, row: str, other: str, key: str) -> tuple[float, float, li
     differences = [100 * difference for difference in paired(rows, row, other, "test", key)]
     if len(differences) < 2:
         return (differences or [math.nan])[0], math.nan, differences
-    from_test_set = 100**2 * variance_of_test_set(pairs_of(rows, row, other), key)
+    from_test_set = 100**2 * variance_of_test_set(rows, row, other, key)
     error = math.sqrt(np.var(differences, ddof=1) / len(differences) + from_test_set)
     return float(np.mean(differences)), error, differences
 
@@ -441,9 +465,74 @@ def render_claims(found: dict[str, dict]) -> str:
             continue
         half = worst["error"] * t_quantile(worst["seeds"] - 1) if worst["seeds"] > 1 else math.nan
         span = "" if math.isnan(half) else f"{worst['mean'] - half:+.2f} to {worst['mean'] + half:+.2f}"
-        lines.append(f"| {name} {CLAIMS[name][0]} | {worst['mean']:+.2f} {worst['metric']}, `{worst['row']}` - "
-                     f"`{worst['other']}` | {span} | {worst['seeds']} | {claim['p_holm']:.3f} | "
+        where = f"`{worst['row']}`" + (f" - `{worst['other']}`" if worst["other"] else "")
+        lines.append(f"| {name} {CLAIMS[name][0]} | {worst['mean']:+.2f} {worst['metric']}, {where} | {span} | {worst['seeds']} | {claim['p_holm']:.3f} | "
                      f"{worst['sign_flip']:.3f} | **{claim['verdict']}** |")
+    return "\n".join(lines) + "\n"
+
+
+# ---- attention ----
+
+def mean_arrays(seeds: dict[int, dict], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Means over a row's seeds of arrays that lie beside its records."""
+    loaded = [arrays_of(record) for record in seeds.values()]
+    return {name: np.mean([arrays[name] for arrays in loaded], 0) for name in names}
+
+
+def summed_confusion(seeds: dict[int, dict], classes: int) -> np.ndarray:
+    """int64 (classes, classes): true class by predicted one, over all seeds of a row."""
+    total = np.zeros((classes, classes), np.int64)
+    for record in seeds.values():
+        arrays = arrays_of(record)
+        np.add.at(total, (arrays["target"], arrays["prediction"]), 1)
+    return total
+
+
+def error_overlap(a: np.ndarray, b: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """How two classifiers' errors coincide: predictions and target (N,) -> fractions.
+
+    `both`, the share of samples that both get wrong; `chance`, that share were errors independent given
+    the true class (so that classes which both find hard do not count as agreement); `same`, the share of
+    the samples that both get wrong to which both give the same class.
+    """
+    wrong_a, wrong_b = a != target, b != target
+    both = wrong_a & wrong_b
+    chance = sum(wrong_a[target == c].mean() * wrong_b[target == c].mean() * (target == c).mean()
+                 for c in np.unique(target))
+    return {"both": both.mean(), "chance": chance, "same": (a == b)[both].mean() if both.any() else math.nan}
+
+
+def render_attention(rows: dict, equivariance: dict) -> str:
+    """The surrogates' measurements as Markdown, and how far features are from moving with the image."""
+    columns = {"accuracy, untied": "accuracy", "accuracy, tied": "accuracy_tied", "CAM mass in its cell": "mass",
+               "pointing game": "pointing", "mass, tied": "mass_tied",
+               "others called Trouser, with a 3": "trouser_with_three", "without": "trouser_without_three"}
+    lines = ["| surrogate | " + " | ".join(columns) + " | seeds |", "|---|" + "--:|" * (len(columns) + 1)]
+    for row, seeds in rows.items():
+        cells = [cell(paired(rows, row, None, "test", key), False) for key in columns.values()]
+        lines.append(f"| `{row}` | " + " | ".join(cells) + f" | {len(seeds)} |")
+    lines.append("\nPercent, mean over seeds ± 95 % interval (Student's t). Chance is 25 for the CAM's mass and the "
+                 "pointing game.\n")
+    for row in (row for row in ("frozen-tie0", "scratch-tie0") if row in rows):
+        values = [cell(paired(rows, row, None, "test", f"accuracy_cell{c}"), False) for c in range(4)]
+        moved = cell(paired(rows, row, None, "test", "shifted_minus_whole"), True)
+        lines.append(f"- `{row}`: accuracy with the garment top left {values[0]}, top right {values[1]}, bottom left "
+                     f"{values[2]}, bottom right {values[3]}; over all 841 shifts less that at whole cells: {moved}.")
+    for tie in ("0", "0.9"):
+        pairs = pairs_of(rows, f"frozen-tie{tie}", f"scratch-tie{tie}")
+        found = [error_overlap(*(arrays_of(record)["prediction"] for record in pair), arrays_of(pair[0])["target"])
+                 for pair in pairs]
+        if found:
+            both, chance, same = (cell([overlap[key] for overlap in found], False) for key in ("both", "chance", "same"))
+            lines.append(f"- Tie {tie}: frozen and scratch both err on {both} % of the grids; independent errors of the "
+                         f"same classes would on {chance} %. Of these, {same} % get the same wrong class from both.")
+    if equivariance:
+        lines += ["\n| equivariance error of the features | zero padding, as trained | circular padding | seeds |",
+                  "|---|--:|--:|--:|"]
+    for row, seeds in equivariance.items():
+        cells = [cell(paired(equivariance, row, None, "test", f"equivariance_error_{padding}"), False)
+                 for padding in ("zeros", "circular")]
+        lines.append(f"| `{row}` | " + " | ".join(cells) + f" | {len(seeds)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -458,7 +547,7 @@ def put_between_markers(path: Path, marker: str, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*REPORT, "claims"], help="what to render")
+    parser.add_argument("what", choices=[*REPORT, "attention", "claims"], help="what to render")
     parser.add_argument("--protocol", default="report", help="which records: report, small or smoke (report)")
     parser.add_argument("--results", default="results", help="folder of the records (results)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds a full row has (the most that any row has)")
@@ -466,7 +555,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = Path(args.results, args.protocol)
     if args.what == "claims":
-        text = render_claims(judge({table: load_records(folder / table, args.protocol) for table in REPORT}))
+        text = render_claims(judge({table: load_records(folder / table, args.protocol)
+                                    for table in (*REPORT, "attention")}))
+    elif args.what == "attention":
+        text = render_attention(*(load_records(folder / name, args.protocol) for name in ("attention", "equivariance")))
     else:
         rows = load_records(folder / args.what, args.protocol)
         text = render(rows, args.what, args.seeds or max((len(found) for found in rows.values()), default=0))
