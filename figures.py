@@ -155,7 +155,7 @@ def draw_architecture(blocks: list[dict], title: str) -> Figure:
     """
     sizes = sorted({block["shape"][1] for block in blocks})
     top = {size: level for level, size in enumerate(sizes)}
-    hue = dict(zip(dict.fromkeys(block["kind"] for block in blocks), (BLUE, ORANGE, GREEN, "#CC79A7")))
+    hue = dict(zip(dict.fromkeys(block["kind"] for block in blocks), ("0.35", BLUE, "#D55E00", GREEN, "#CC79A7")))
     figure, ax = plt.subplots(figsize=(0.47 * len(blocks) + 1.2, 0.75 * len(sizes) + 1.6), layout="constrained")
     for x, block in enumerate(blocks):
         channels, height, _ = block["shape"]
@@ -231,7 +231,7 @@ def draw_ties(rows: dict) -> Figure:
             for key, style, note in zip(keys, ("-o", "--s"), (", with a 3", ", without")):
                 found = [(x, across_seeds(rows[f"{kind}-tie{strength}"], key)) for x, strength in enumerate(strengths)
                          if f"{kind}-tie{strength}" in rows]
-                x, values = [x + shift for x, _ in found], np.array([value for _, value in found])
+                x, values = [x + shift for x, _ in found], np.array([value for _, value in found]).reshape(-1, 2)
                 ax.errorbar(x, values[:, 0], yerr=values[:, 1], fmt=style, color=colour, capsize=3, ms=5,
                             label=kind + (note if len(keys) > 1 else ""))
         if keys == ["mass"]:
@@ -280,7 +280,7 @@ def draw_equivariance(rows: dict) -> Figure:
             values = 100 * error[row, padding]
             image = ax.imshow(values, cmap="viridis", vmin=0, vmax=top)
             on_grid = (np.add.outer(np.arange(8) % 4, np.arange(8) % 4) == 0)
-            ax.set(xticks=range(8), yticks=range(8), xlabel=f"mean off the grid {values[~on_grid].mean():.1f} %\n"
+            ax.set(xticks=range(8), yticks=range(8), xlabel=f"shift right (pixels)\nmean off the grid {values[~on_grid].mean():.1f} %\n"
                    f"by multiples of 4 pixels {values[on_grid & (np.arange(64) > 0).reshape(8, 8)].mean():.2g} %",
                    title=row if padding == "zeros" else "")
         line[0].set_ylabel(f"{'zero padding (as trained)' if padding == 'zeros' else 'circular padding'}\nshift down")

@@ -436,7 +436,7 @@ def judge(tables: dict[str, dict]) -> dict[str, dict]:
     for name, (_, parts) in CLAIMS.items():
         effects, inside, outside = [], [], []
         for table, row, other, key, low, high in parts:
-            mean, error, differences = effect(tables[table], row, other, key)
+            mean, error, differences = effect(tables.get(table, {}), row, other, key)
             effects.append({"row": row, "other": other, "metric": key, "mean": mean, "error": error,
                             "seeds": len(differences), "sign_flip": sign_flip(differences)})
             if len(differences) > 1:

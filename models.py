@@ -103,7 +103,9 @@ class BlurPool(nn.Module):
     The blur is the 3x3 binomial filter, which is a 2x2 average twice. (N, C, H, W) -> (N, C, H/2, W/2).
     """
 
-    padding_mode = "replicate"
+    def __init__(self) -> None:
+        super().__init__()
+        self.padding_mode = "replicate"
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.pad(x, (1, 1, 1, 1), mode=self.padding_mode), 2, 1)

@@ -347,3 +347,61 @@ def test_an_archive_that_unpacks_too_large_is_refused(server, tmp_path, monkeypa
     monkeypatch.setattr(data, "FACADE_ARCHIVE_LIMIT", 1 << 19)
     with pytest.raises(BadInput, match="unpacks to more than"):
         data.fetch_facades(tmp_path / "root", f"{url}/bomb.tar.gz", DIGEST)
+
+
+# ---- composites ----
+
+def garments_and_digits(n=4000):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda low: data.Split(torch.randint(low, low + 100, (n, 1, 4, 4), generator=generator, dtype=torch.uint8),
+                                  torch.randint(0, 10, (n,), generator=generator, dtype=torch.uint8), torch.arange(n))
+    return make(0), make(100)  # pixel values tell a garment from a digit
+
+
+def test_a_grid_depends_on_its_seed_and_index_alone():
+    garments, digits = garments_and_digits()
+    whole = data.composites(garments, digits, 7, 0.5)
+    part = data.composites(garments.map(lambda t: t[:50]), digits, 7, 0.5)
+    assert torch.equal(part.split.images, whole.split.images[:50]) and torch.equal(part.digits, whole.digits[:50])
+    assert not torch.equal(data.composites(garments, digits, 8, 0.5).split.images, whole.split.images)
+    assert torch.bincount(whole.cells).min() > 900  # all four cells, about as often
+
+
+def test_a_garment_lies_in_its_cell_among_the_same_digits():
+    garments, digits = garments_and_digits(100)
+    seen = []
+    for cell in range(4):
+        grids = data.composites(garments, digits, 3, cell=cell)
+        tiles = grids.split.images.view(100, 2, 4, 2, 4).transpose(2, 3).reshape(100, 4, 16)
+        assert torch.equal(tiles[:, cell], garments.images.reshape(100, 16))
+        assert ((tiles < 100).all(2).sum(1) == 1).all()  # one garment, three digits
+        seen.append(tiles.sort(1).values)
+        assert torch.equal(grids.split.targets, garments.targets)
+    assert all(torch.equal(tiles, seen[0]) for tiles in seen)
+    moved = data.composites(garments, digits, 3, cell=0, shift=(4, 4))
+    lower_right = moved.split.images[:, 0, 4:, 4:]
+    assert torch.equal(lower_right, garments.images[:, 0])
+
+
+def test_the_tie_is_as_strong_as_asked():
+    garments, digits = garments_and_digits()
+    trouser = garments.targets == data.TIED_CLASS
+
+    def shares(tie):
+        has = (data.composites(garments, digits, 1, tie).digits == data.TIED_DIGIT).any(1).double()
+        return has[trouser].mean().item(), has[~trouser].mean().item()
+
+    assert shares(1.0) == (1.0, 0.0)
+    with_three = 1 - 0.9**3  # three independent digits
+    for tie in (0.0, 0.5, 0.9):
+        tied, others = shares(tie)
+        assert tied == pytest.approx(tie + (1 - tie) * with_three, abs=0.06)
+        assert others == pytest.approx((1 - tie) * with_three, abs=0.03)
+
+
+def test_composites_of_the_real_sets(fashion_root):
+    dataset = data.load_composites(fashion_root, limit=400, tie=0.9)
+    assert dataset.train.images.shape == (400, 1, 56, 56) and len(dataset.test) == 100
+    assert dataset.digest != data.load_composites(fashion_root, limit=400).digest
+    dev = data.load_composites(fashion_root, "dev", 400)
+    assert dev.held_out == "val" and not torch.equal(dev.test.images, dataset.test.images)

@@ -6,10 +6,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import engine
+import figures
 import interpret
+import metrics
+import models
 import train_cls
 import train_seg
 
@@ -19,6 +23,17 @@ def trained(tiny_root, tmp_path):
     argv = ["--protocol", "smoke", "--size", "32", "--width", "4", "--device", "cpu", "--data-root", str(tiny_root)]
     assert engine.guard(lambda: train_seg.main([*argv, "--out", str(tmp_path)])) == 0
     return tmp_path / "seed0.pt"
+
+
+@pytest.fixture
+def surrogates(fashion_root, tmp_path):
+    """A base model and both surrogates, tiny: their seed0.pt by name."""
+    runs = {"base": [], "frozen": ["--composites", "--frozen", "--base", f"{tmp_path}/base/seed0.pt", "--epochs", "1"],
+            "scratch": ["--composites", "--tie", "0.9"], "stride": ["--down", "stride"]}
+    for name, flags in runs.items():
+        argv = ["--protocol", "smoke", "--train-images", "256", "--device", "cpu", "--data-root", str(fashion_root)]
+        assert engine.guard(lambda: train_cls.main([*argv, *flags, "--out", str(tmp_path / name)])) == 0
+    return {name: tmp_path / name / "seed0.pt" for name in runs}
 
 
 def draw(*flags):
@@ -42,7 +57,7 @@ def test_rows_are_the_best_the_median_and_the_worst(tiny_root):
     dataset = data.load_facades(tiny_root, size=32)
     logits = 9.0 * torch.nn.functional.one_hot(dataset.test.targets.long(), 5).movedim(-1, 1)  # all right
     logits[1] = logits[1].flip(0)  # but for one image
-    figure = interpret.draw_segmentation(dataset, logits, "title")
+    figure = figures.draw_segmentation(dataset, logits, "title")
     labels = [ax.get_ylabel().split("\n") for ax in figure.axes[::4]]
     assert [label[0].split(":")[0] for label in labels] == ["best", "median", "next to worst", "worst"]
     assert labels[0][1] == "mean IoU 100 %" and labels[-1][0] == "worst: no. 1"
@@ -60,8 +75,106 @@ def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, caps
             path.write_text(json.dumps(record))
     assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
     assert {path.name for path in (tmp_path / "results/smoke").glob("*.png")} == {"table2.png", "table2-curves.png",
-                                                                                 "imbalance.png"}
+                                                                                 "imbalance.png", "hourglass.png"}
     assert "table1 has no record yet" in capsys.readouterr().out
+
+
+def test_maps_sum_to_the_logits():
+    torch.manual_seed(0)
+    for down in ("maxpool", "stride", "blurpool"):
+        model = models.VGGResNet(width=8, down=down).eval()
+        x = torch.randn(4, 1, 56, 56)
+        maps = interpret.activation_maps(model, model.features(x))
+        assert maps.shape == (4, 10, 14, 14)
+        assert torch.allclose(maps.sum((2, 3)) + model.classifier.bias, model(x), atol=1e-4)
+
+
+def test_attention_in_a_cell_by_hand():
+    maps = torch.zeros(3, 4, 4)
+    maps[0, 0, 3] = 3.0  # top right, beside 1 of mass bottom left and a negative value that counts for nothing
+    maps[0, 2, 0], maps[0, 3, 3] = 1.0, -5.0
+    maps[1, 3, 3] = 2.0
+    maps[2] = -1.0  # positive nowhere
+    share, points = interpret.attention_in_cell(maps, torch.tensor([1, 1, 0]))
+    assert share.tolist() == [0.75, 0.0, 0.0] and points.tolist()[:2] == [True, False]
+
+
+def test_fourier_shift_is_a_roll_and_between_pixels_exact():
+    x = torch.randn(2, 3, 14, 14)
+    assert torch.allclose(interpret.fourier_shift(x, 3, -2), x.roll((3, -2), (2, 3)), atol=1e-5)
+    wave = lambda shift: torch.cos(2 * torch.pi * 3 * (torch.arange(14.0) - shift) / 14).expand(1, 1, 14, 14)
+    assert torch.allclose(interpret.fourier_shift(wave(0), 0, 0.25), wave(0.25), atol=1e-5)
+
+
+@pytest.mark.parametrize("down", ["maxpool", "stride", "blurpool"])
+def test_features_move_exactly_by_whole_strides_once_there_is_no_border(down):
+    torch.manual_seed(0)
+    model = models.VGGResNet(width=8, down=down).eval()
+    x = torch.randn(2, 1, 28, 28)
+    bordered, circular = (interpret.equivariance_error(net, x, 5) for net in
+                          (model, interpret.with_circular_padding(model)))
+    assert bordered[0][0] < 1e-5 and bordered[4][4] > 1e-2
+    assert max(circular[0][0], circular[0][4], circular[4][4]) < 1e-5 and circular[1][0] > 1e-2
+
+
+def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path):
+    def measure(name, seed_folder):
+        flags = ("--measure", surrogates[name], "--out", seed_folder, "--images", 40, "--sweep-images", 2)
+        assert draw(*flags, "--data-root", fashion_root) == 0
+
+    folder = tmp_path / "results/smoke/attention"
+    measure("frozen", folder / "frozen-tie0")
+    measure("scratch", folder / "scratch-tie0.9")
+    record = json.loads((folder / "frozen-tie0/seed0.json").read_text())
+    scores, arrays = record["metrics"]["test"], np.load(folder / "frozen-tie0/seed0.npz")
+    base = engine.read_checkpoint(surrogates["base"])["record"]
+    assert record["trained"]["features_sha256"] and record["trained"]["weights_sha256"] != base["weights_sha256"]
+    assert arrays["sweep_accuracy"].shape == (29, 29) and arrays["sweep_consistency"][0, 0] == 1
+    assert scores["accuracy"] == (arrays["prediction"] == arrays["target"]).mean()
+    # a shift by a whole side is the garment in the other cell, with the same digits in other cells
+    assert len(arrays["cell1_minus_cell0"]) == 40 and len(arrays["shifted_minus_whole"]) == 2
+    assert scores["cell1_minus_cell0"] == pytest.approx(scores["accuracy_cell1"] - scores["accuracy_cell0"])
+    assert "sweep_accuracy" not in np.load(folder / "scratch-tie0.9/seed0.npz")
+    before = (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns
+    measure("frozen", folder / "frozen-tie0")
+    assert (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns == before  # made once
+    for row in ("base", "stride"):
+        measure(row, folder.parent / "equivariance" / row)
+    assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
+    assert {path.name for path in folder.parent.glob("*.png")} == {"hourglass.png", "ties.png", "shifts.png",
+                                                                  "confusion.png", "equivariance.png"}
+    metrics.main(["attention", "--protocol", "smoke", "--results", str(tmp_path / "results")])
+    text = (folder.parent / "attention.md").read_text()
+    assert "`frozen-tie0`" in text and "over all 841 shifts" in text and "| `stride` |" in text
+
+
+def test_figure1_shows_right_and_wrong_grids_of_both(surrogates, fashion_root, tmp_path):
+    flags = ["--frozen", surrogates["frozen"], "--scratch", surrogates["scratch"], "--data-root", fashion_root]
+    assert draw(*flags, "--figure", tmp_path / "figure1.png") == 0
+    assert (tmp_path / "figure1.png").stat().st_size > 50_000
+
+
+def test_ones_own_images(surrogates, trained, tmp_path, capsys):
+    for i, size in enumerate([(40, 90), (64, 64)]):
+        image, _ = data.synthetic_facade(i, 96)
+        Image.fromarray(image[:size[0], :size[1]]).save(tmp_path / f"own{i}.png")
+    for checkpoint in (surrogates["base"], trained):
+        files = [tmp_path / f"own{i}.png" for i in range(2)]
+        assert draw("--checkpoint", checkpoint, "--image", *files, "--figure", tmp_path / "own.png") == 0
+        assert (tmp_path / "own.png").stat().st_size > 20_000
+    assert "others: " in capsys.readouterr().out
+    (tmp_path / "broken.png").write_text("no image")
+    assert draw("--checkpoint", trained, "--image", tmp_path / "broken.png") == 2
+    assert "broken.png cannot be read as an image" in capsys.readouterr().err
+
+
+def test_the_architecture_is_read_off_the_modules():
+    blocks = interpret.traced(models.HourGlass(1, 2), (3, 32, 32))
+    assert [block["kind"] for block in blocks] == ["stem", *["down"] * 4, "bottleneck", *["up"] * 4, "1x1 head"]
+    assert [block["shape"][0] for block in blocks] == [2, 2, 4, 8, 16, 16, 8, 4, 2, 2, 5]
+    assert [block["shape"][1] for block in blocks] == [32, 32, 16, 8, 4, 2, 4, 8, 16, 32, 32]
+    assert [block["joins"] for block in blocks] == [None] * 6 + [4, 3, 2, 1] + [None]
+    assert not any(block["joins"] for block in interpret.traced(models.HourGlass(1, 2, inter_skip=False), (3, 32, 32)))
 
 
 def test_differences_show_ours_and_the_reports():
@@ -69,7 +182,7 @@ def test_differences_show_ours_and_the_reports():
         return {"metrics": {"test": {"accuracy": value}}}
     rows = {"maxpool-2-32": {0: record(0.9), 1: record(0.9)}, "stride-2-32": {0: record(0.88), 1: record(0.89)},
             "my-own": {0: record(0.95)}}
-    ax = interpret.draw_differences(rows, "table1").axes[0]
+    ax = figures.draw_differences(rows, "table1").axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["stride-2-32", "my-own"]
     drawn = sorted(round(float(line.get_xdata()[0]), 2) for line in ax.lines if line.get_marker() in ("o", "D"))
     assert drawn == [-1.5, -1.15, 5.0]  # ours, the report's, and a row that the report does not have
@@ -80,7 +193,10 @@ def test_refusals(trained, tiny_root, tmp_path, capsys):
         assert draw(*flags) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "--checkpoint is missing" in message()
+    assert "nothing.pt is not there: `make interpret` trains" in message("--frozen", tmp_path / "nothing.pt")
+    assert "it measures classifiers" in message("--measure", trained, "--out", tmp_path)
+    assert "--measure needs --out" in message("--measure", trained)
+    assert "is no surrogate" in message("--frozen", trained)
     assert "nothing.pt: No such file" in message("--checkpoint", tmp_path / "nothing.pt")
     (tmp_path / "empty").mkdir()
     said = message("--checkpoint", trained, "--data-root", tmp_path / "empty")

@@ -21,6 +21,7 @@ ROWS = {
     "stride-4-32": (VGGResNet, dict(depth=4, down="stride"), None),
     "stride-2-16": (VGGResNet, dict(width=16, down="stride"), None),
     "stride-2-64": (VGGResNet, dict(width=64, down="stride"), None),
+    "blurpool-2-32": (VGGResNet, dict(down="blurpool"), 686_858),
     "maxpool-2-32-transformer": (VGGResNet, dict(block="transformer"), 568_714),
     "standard": (HourGlass, dict(), 6_109_861),
     "unet": (UNet, dict(), 7_763_173),
@@ -165,6 +166,28 @@ def test_down_switch():
         model = VGGResNet(down=down)
         assert kinds(model).count(nn.MaxPool2d) == pools
         assert sum(m.stride == (2, 2) for m in model.modules() if isinstance(m, nn.Conv2d)) == strides
+
+
+def test_blurpool_is_a_max_and_a_binomial_filter():
+    x = torch.randn(2, 3, 8, 12)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
+    dense = torch.nn.functional.max_pool2d(padded, 2, 1)
+    binomial = torch.outer(torch.tensor([1.0, 2, 1]), torch.tensor([1.0, 2, 1])) / 16
+    blurred = torch.nn.functional.conv2d(dense, binomial.expand(3, 1, 3, 3), stride=2, groups=3)
+    assert torch.allclose(models.BlurPool()(x), blurred, atol=1e-6) and blurred.shape == (2, 3, 4, 6)
+
+
+def test_frozen_features_stay_as_they_are_while_the_classifier_learns():
+    model = VGGResNet(width=4)
+    model.freeze()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, weight_decay=0.1)
+    for _ in range(2):
+        model.train()
+        models.cross_entropy(model(torch.randn(8, 1, 28, 28)), torch.arange(8)).backward()
+        optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
 
 
 def silence(module):

@@ -35,7 +35,8 @@ def test_train_seg_dry_run(tiny_root, tmp_path, monkeypatch, capsys, flags):
 
 
 @pytest.mark.parametrize("flags", ["--depth 4 --down stride --no-skip --act gelu --block transformer", "--no-norm",
-                                   "--act none --split dev", "--down maxpool --depth 1"])
+                                   "--act none --split dev", "--down maxpool --depth 1", "--down blurpool",
+                                   "--composites --tie 0.9"])
 def test_train_cls_dry_run(fashion_root, tmp_path, monkeypatch, capsys, flags):
     argv = [*flags.split(), "--width", "32", "--batch", "8", "--dry-run", "--data-root", str(fashion_root.resolve())]
     monkeypatch.chdir(tmp_path)

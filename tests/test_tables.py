@@ -129,6 +129,21 @@ def test_every_row_of_the_tables_is_a_target_and_every_target_a_row(make):
         assert places == [(row, seed) for seed in "01" for row in metrics.REPORT[name]]  # in seed order
 
 
+def test_a_measurement_that_exists_asks_for_no_training(make, tmp_path):
+    plan = make("-n", "interpret").stdout
+    assert plan.count("train_cls.py") == 8 + 3 and plan.count("interpret.py --measure") == 8 + 3
+    for line in plan.splitlines():
+        if "--measure" in line:
+            record = Path(line.split("--out ")[1].strip(), "seed0.json")
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text("{}")
+    (tmp_path / "results/smoke/attention.png").write_text("")
+    assert "train" not in make("-n", "interpret").stdout
+    (tmp_path / "results/smoke/attention/frozen-tie0.5/seed0.json").unlink()
+    plan = make("-n", "interpret").stdout
+    assert plan.count("interpret.py --measure") == 1 and plan.count("--frozen") == 1
+
+
 def test_a_row_is_made_once_resumes_by_name_and_takes_a_launcher(make, tmp_path):
     launcher = tmp_path / "launch"
     launcher.write_text(f'#!/bin/sh\necho "launched $*" >> {tmp_path}/log\nexec "$@"\n')
@@ -184,6 +199,8 @@ def runs(root, table, row, scores):
 
 def verdicts(root):
     tables = {table: metrics.load_records(root / "small" / table, "small") for table in metrics.REPORT}
+    if (root / "small/attention").exists():
+        tables["attention"] = metrics.load_records(root / "small/attention", "small")
     return metrics.judge(tables)
 
 
@@ -205,8 +222,34 @@ def test_verdicts_on_made_up_runs(tmp_path):
     found = {name: claim["verdict"] for name, claim in verdicts(tmp_path).items()}
     assert found == {"C1": "contradicted",  # stride rows are 5 points away
                      "C2": "supported",  # two points better does not hurt
+                     "C3": "undecided", "C4": "undecided", "C5": "undecided",  # not run
                      "C6": "supported", "C7": "contradicted", "C8": "supported", "C9": "contradicted",
                      "C10": "contradicted", "C11": "supported", "C12": "supported", "C13": "contradicted"}
+
+
+def test_verdicts_on_made_up_attention(tmp_path):
+    """Claims on a row's own values, with values per image beside the records."""
+    gaps = {f"cell{c}_minus_cell0": 0.001 for c in (1, 2, 3)} | {"shifted_minus_whole": -0.03}
+    rows = {"frozen-tie0": {"accuracy": 0.80, "mass": 0.6, **gaps}, "scratch-tie0": {"accuracy": 0.8, "mass": 0.6},
+            "frozen-tie0.9": {"accuracy": 0.81, "mass": 0.7}, "scratch-tie0.9": {"accuracy": 0.81, "mass": 0.8}}
+    for row, scores in rows.items():
+        for seed in SEEDS:
+            folder = tmp_path / "small/attention" / row
+            folder.mkdir(parents=True, exist_ok=True)
+            wobbled = {key: value + 0.0004 * (seed - 2.5) for key, value in scores.items()}
+            (folder / f"seed{seed}.json").write_text(json.dumps({
+                "config": {"protocol": "small", "seed": seed}, "data": "d", "metrics": {"test": wobbled}}))
+            np.savez(folder / f"seed{seed}.npz", **{key: np.full(500, value) for key, value in wobbled.items()})
+    found = {name: claim["verdict"] for name, claim in verdicts(tmp_path).items()}
+    assert (found["C3"], found["C4"], found["C5"]) == ("contradicted", "supported", "supported")
+    assert "`frozen-tie0` |" in metrics.render_claims(verdicts(tmp_path))
+
+
+def test_error_overlap_by_hand():
+    target = np.array([0] * 4 + [1] * 4)
+    a, b = np.array([0, 0, 1, 1, 1, 1, 1, 0]), np.array([0, 0, 2, 1, 1, 1, 1, 1])
+    found = metrics.error_overlap(a, b, target)
+    assert found == {"both": 2 / 8, "chance": pytest.approx((0.5 * 0.5 + 0.25 * 0) / 2), "same": 0.5}
 
 
 def test_missing_rows_or_a_single_seed_decide_nothing(tmp_path):
