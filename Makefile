@@ -80,11 +80,12 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENV := $(VENV)/.installed
 endif
 
-.PHONY: help env data demo test bench table1 table2 claims figures interpret
+.PHONY: help env data demo test bench table1 table2 claims figures interpret faults
 .DELETE_ON_ERROR:
 help:
 	@echo "make demo           environment, data, a short training of both base models, figures in $(DEMO)/"
 	@echo "make test           environment, all tests"
+	@echo "make faults         runs that are killed again and again must end with the same bits"
 	@echo "make bench          speed of the training step and of average precision, as ratios"
 	@echo "make data           fetch and check the data sets"
 	@echo "make table1 table2  the study: all rows, all seeds (PROTOCOL= SEEDS= DEVICE= RUN= PY=, see the Makefile)"
@@ -112,6 +113,9 @@ test: $(ENV)
 
 bench: $(ENV)
 	PYTHONPATH=. $(PY) tests/bench.py
+
+faults: $(ENV)
+	PYTHONPATH=. $(PY) tests/faults.py --rounds 60
 
 # ---- the study ----
 

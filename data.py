@@ -122,8 +122,9 @@ def batches(data: Dataset, split: Split, batch: int) -> Iterator[tuple[Tensor, T
         yield data.normalise(split.images[i:i + batch]), split.targets[i:i + batch]
 
 
-def shuffled_batches(data: Dataset, batch: int, seed: int, epoch: int, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of the training split, all on its device, wholly determined by (seed, epoch).
+def shuffled_batches(data: Dataset, batch: int, seed: int, epoch: int, flip: bool,
+                     first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of the training split, all on its device, wholly determined by (seed, epoch), from step `first` on.
 
     Nothing else is random and nothing is carried over, so an epoch can be repeated exactly. `flip`
     mirrors each image and mask with probability 1/2. The last, incomplete batch is left out (each
@@ -133,7 +134,7 @@ def shuffled_batches(data: Dataset, batch: int, seed: int, epoch: int, flip: boo
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator).to(split.images.device)
     mirrored = (torch.rand(len(split), generator=generator) < 0.5).to(split.images.device)
-    for step in range(steps_per_epoch(split, batch)):
+    for step in range(first, steps_per_epoch(split, batch)):
         index = order[step * batch:(step + 1) * batch]
         images, targets = split.images[index], split.targets[index]
         if flip:
@@ -256,7 +257,7 @@ TIED_CLASS, TIED_DIGIT = FASHION_CLASSES.index("Trouser"), 3
 
 @dataclass(frozen=True)
 class Composites:
-    """A split of 2x2 grids: its labels are the Fashion classes; cells int64 (N,), digits uint8 (N, 3) say what lies where.
+    """A split of 2x2 grids, labelled by garment; cells int64 (N,) and digits uint8 (N, 3) say what lies where.
 
     Cells are numbered by rows: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
     """
@@ -301,7 +302,7 @@ def load_digits(root: Path, split: str = "full") -> tuple[Split, Split]:
 
 
 def load_composites(root: Path, split: str = "full", limit: int = 60000, tie: float = 0.0) -> Dataset:
-    """Composites of Fashion-MNIST and MNIST: a training split of `limit` grids, tied by `tie`, and an untied held-out one.
+    """Composites of Fashion-MNIST and MNIST: `limit` training grids, tied by `tie`, and untied held-out ones.
 
     A quarter as many grids are held out, at most all 10,000. Both splits keep Fashion-MNIST's mean
     and standard deviation: frozen features must see the values that they were trained on.

@@ -8,23 +8,30 @@ A script declares its settings as a frozen dataclass on top of `Settings`, and t
     run.finish(*run.evaluate(score, detail))    # writes OUT/seed<k>.json
 
 An epoch depends on nothing but the weights, the optimiser's state and (seed, epoch), so a killed run
-goes on from its last epoch and ends, on the CPU, with the same bits.
+goes on from its last epoch and ends, on the CPU, with the same bits. One that is told to stop (Ctrl-C,
+SIGTERM, SIGUSR1) saves the step it is at.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import io
 import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import typing
-from collections.abc import Callable
+import weakref
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,11 +134,25 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
     return dataclasses.replace(base, **{"out": str(out), **given})
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, kill, and what schedulers send before they preempt
+
+
+class Stopped(BaseException):
+    """A signal told the process to stop, and what was reached is saved: the conventional exit code is 128 + signal."""
+
+    def __init__(self, number: int, where: str = "the last checkpoint"):
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from {where}")
+        self.code = 128 + number
+
+
 def guard(main: Callable[[], None]) -> int:
     """Run a script's main; what is the user's to mend becomes one line and an exit code, 2 for bad input."""
     try:
-        main()
+        with handling(STOPPING, raise_stopped):
+            main()
         return 0
+    except Stopped as stopped:
+        message, code = str(stopped), stopped.code
     except BadInput as error:
         message, code = str(error), 2
     except OSError as error:
@@ -142,10 +163,26 @@ def guard(main: Callable[[], None]) -> int:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         message, code = "out of memory: lower --batch first, then --size or --width", 2
-    except KeyboardInterrupt:
-        message, code = "interrupted; the same command goes on after the last finished epoch", 130
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def raise_stopped(number: int, frame: object) -> typing.NoReturn:
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def handling(signals: tuple[int, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle the signals inside the block; outside the main thread, where Python allows it not, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- device and precision ----
@@ -179,24 +216,33 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 # ---- one run: its files, its resume, its record ----
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a whole file or none: a reader, or a run killed at any moment, never sees half of it."""
+def write_atomic(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write a whole file or none: a reader, or a run killed at any moment, never sees half of it.
+
+    What the file held so far is kept as `previous`, if that is given.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"{error.strerror}; nothing was lost, free or change the place and run again",
                       str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint of this project, unpickled without running code. BadInput if it is anything else."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile("checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in ("identity", "epoch", "model", *state)}
     except FileNotFoundError:
@@ -262,9 +308,9 @@ class Run:
     """One row, one seed: the model and the data on their device, and the run's files.
 
     OUT/seed<k>.pt is the checkpoint, rewritten every epoch, and in the end the trained model with its
-    record; seed<k>.npz holds results per image; seed<k>.json is the record, written last: where it
-    exists, the run is complete, and `record` holds it. BadInput if a file belongs to other settings,
-    data or another model. `start` holds weights to start from, instead of random ones.
+    record; seed<k>.prev.pt is the one before, in case the newest is damaged; seed<k>.npz holds results
+    per image; seed<k>.json is the record, written last: where it exists, the run is complete, and
+    `record` holds it. BadInput if a file belongs to other settings, data or another model. `start` holds weights to start from, instead of random ones.
     """
 
     def __init__(self, cfg: Settings, dataset: Dataset, start: dict[str, Tensor] | None = None):
@@ -289,18 +335,51 @@ class Run:
         config = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in places(cfg)}
         self.identity = {"script": Path(sys.argv[0]).name, "config": config, "data": dataset.digest}
         self.checkpoint = Path(cfg.out, f"seed{cfg.seed}.pt")
+        self.previous = self.checkpoint.with_suffix(".prev.pt")
         self.record_file = self.checkpoint.with_suffix(".json")
         self.record: dict | None = None
         self.epoch, self.curve, self.seconds = 0, [], 0.0
+        self.within: dict | None = None  # how far into the epoch, if it was stopped there
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = self.checkpoint.with_name(f".{self.checkpoint.stem}.lock")
+        self.claim()
         self.resume()
+
+    def claim(self) -> None:
+        """Hold the run's lock for as long as this object lives. BadInput if another process has it."""
+        file = os.open(self.lock, os.O_CREAT | os.O_RDWR, 0o666)
+        weakref.finalize(self, os.close, file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"{self.checkpoint} is being written by another process; wait for it, or choose another "
+                           f"--out") from error
+        for half_written in self.lock.parent.glob(f".{self.checkpoint.stem}.*.tmp"):  # by a process that was killed
+            half_written.unlink()
+
+    def release(self) -> None:
+        """Leave the three files of a complete run and nothing else: whoever comes from now on finds the record."""
+        self.previous.unlink(missing_ok=True)
+        self.lock.unlink(missing_ok=True)
+
+    def newest(self) -> dict | None:
+        """The newest checkpoint that can be read, or None where there is none. BadInput if all are damaged."""
+        if not self.checkpoint.exists() and not self.previous.exists():
+            return None
+        try:
+            return read_checkpoint(self.checkpoint)
+        except (BadInput, FileNotFoundError) as error:
+            if not self.previous.exists():
+                raise
+            print(f"NOTE: {error}; using {self.previous}", file=sys.stderr)
+            return read_checkpoint(self.previous)
 
     def resume(self) -> None:
         if self.record_file.exists():
             self.record = read_record(self.record_file)
             self.refuse_other(self.record_file, self.record)
-        elif self.checkpoint.exists():
-            state = read_checkpoint(self.checkpoint)
+            self.release()
+        elif (state := self.newest()) is not None:
             self.refuse_other(self.checkpoint, state["identity"])
             try:
                 self.model.load_state_dict(state["model"])
@@ -311,7 +390,9 @@ class Run:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.curve, self.seconds = state["epoch"], state["curve"], state["seconds"]
-            print(f"{self.checkpoint}: goes on after epoch {self.epoch}/{self.cfg.epochs}", file=sys.stderr)
+            self.within = state.get("within")
+            step = f", step {self.within['step']}" if self.within else ""
+            print(f"{self.checkpoint}: goes on after epoch {self.epoch}/{self.cfg.epochs}{step}", file=sys.stderr)
         else:
             self.save()  # a place that cannot be written shows now, not after the first epoch
 
@@ -329,11 +410,28 @@ class Run:
 
     def save(self, **more: typing.Any) -> None:
         state = {"identity": self.identity, "epoch": self.epoch, "model": self.model.state_dict(),
-                 "curve": self.curve, "seconds": self.seconds,
+                 "curve": self.curve, "seconds": self.seconds, "within": self.within,
                  **(more or {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})}
         buffer = io.BytesIO()  # through memory, so that a full disk is an OSError that names the file
         torch.save(state, buffer)
-        write_atomic(self.checkpoint, buffer.getbuffer())
+        write_atomic(self.checkpoint, buffer.getbuffer(), self.previous)
+
+    def save_within(self, step: int, total: Tensor) -> None:
+        """Save in the middle of an epoch, after `step` of its steps: with what they have drawn and summed."""
+        self.within = {"step": step, "total": total, "drawn": torch.get_rng_state(),
+                       "drawn_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
+        self.save()
+
+    def begin_epoch(self) -> tuple[int, Tensor]:
+        """Seed dropout for the epoch; the step to start at, and the sum of the losses before it."""
+        torch.manual_seed(data.epoch_seed(self.cfg.seed, self.epoch))
+        if self.within is None:
+            return 0, torch.zeros((), device=self.device)
+        within, self.within = self.within, None
+        torch.set_rng_state(within["drawn"])
+        if within["drawn_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(within["drawn_cuda"], self.device)
+        return within["step"], within["total"].to(self.device)
 
     def evaluate(self, score: Callable[[Tensor, Tensor, tuple], dict],
                  detail: Callable[[Tensor, Split], dict]) -> tuple[dict[str, dict], dict]:
@@ -364,6 +462,7 @@ class Run:
         np.savez_compressed(buffer, **arrays)
         write_atomic(self.record_file.with_suffix(".npz"), buffer.getbuffer())
         write_atomic(self.record_file, (json.dumps(self.record, indent=1) + "\n").encode())
+        self.release()
         if self.cfg.dry_run:
             self.scratch.cleanup()
 
@@ -392,38 +491,51 @@ def fit(run: Run, loss_fn: Callable[[Tensor, Tensor], Tensor], flip: bool = Fals
     is read once a second for the progress bar and once an epoch for the record. FloatingPointError
     if it is not finite; the last checkpoint then holds the weights of the epoch before.
     """
-    cfg, train = run.cfg, run.data.train
-    steps = data.steps_per_epoch(train, cfg.batch)
+    stops: list[int] = []
+    step_forward = torch.compile(forward) if run.cfg.compile else forward
+    with handling(STOPPING, lambda number, frame: stops.append(number)):
+        while run.epoch < run.cfg.epochs:
+            fit_epoch(run, step_forward, loss_fn, flip, stops)
+
+
+def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, stops: list[int]) -> None:
+    """One epoch, or what is left of one. Stopped, after saving, once there is a signal in `stops`."""
+    cfg, epoch = run.cfg, run.epoch
+    steps = data.steps_per_epoch(run.data.train, cfg.batch)
     torch.backends.cudnn.benchmark = True  # every step has one shape
-    step_forward = torch.compile(forward) if cfg.compile else forward
-    for epoch in range(run.epoch, cfg.epochs):
-        start = shown = time.perf_counter()
-        torch.manual_seed(data.epoch_seed(cfg.seed, epoch))  # dropout
-        run.model.train()
-        total = torch.zeros((), device=run.device)
-        bar = tqdm(total=steps * min(cfg.batch, len(train)), unit="img", leave=False, disable=None,
-                   desc=f"epoch {epoch + 1}/{cfg.epochs}")
-        for step, (images, targets) in enumerate(data.shuffled_batches(run.data, cfg.batch, cfg.seed, epoch, flip)):
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(cfg.lr, cfg.warmup, epoch * steps + step, cfg.epochs * steps)
-            loss = loss_fn(step_forward(run.model, images, run.dtype), targets)
-            run.optimizer.zero_grad(set_to_none=True)
-            run.scaler.scale(loss).backward()
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            total += loss.detach()
-            bar.update(len(images))
-            if time.perf_counter() - shown > 1:
-                shown = time.perf_counter()
-                bar.set_postfix(loss=f"{checked(total / (step + 1), epoch):.4f}")
-        bar.close()
-        run.curve.append(checked(total / steps, epoch))
-        seconds = time.perf_counter() - start
-        run.seconds += seconds
-        run.epoch = epoch + 1
-        run.save()
-        print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s",
-              flush=True)
+    start = shown = time.perf_counter()
+    run.model.train()
+    first, total = run.begin_epoch()
+    bar = tqdm(total=(steps - first) * min(cfg.batch, len(run.data.train)), unit="img", leave=False, disable=None,
+               desc=f"epoch {epoch + 1}/{cfg.epochs}")
+    for step, (images, targets) in enumerate(
+            data.shuffled_batches(run.data, cfg.batch, cfg.seed, epoch, flip, first), first + 1):
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg.lr, cfg.warmup, epoch * steps + step - 1, cfg.epochs * steps)
+        loss = loss_fn(step_forward(run.model, images, run.dtype), targets)
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        total += loss.detach()
+        bar.update(len(images))
+        if time.perf_counter() - shown > 1:
+            shown = time.perf_counter()
+            bar.set_postfix(loss=f"{checked(total / step, epoch):.4f}")
+        if stops and step < steps:
+            checked(total, epoch)
+            run.seconds += time.perf_counter() - start
+            run.save_within(step, total)
+            raise Stopped(stops[0], f"step {step} of {steps} of epoch {epoch + 1}")
+    bar.close()
+    run.curve.append(checked(total / steps, epoch))
+    seconds = time.perf_counter() - start
+    run.seconds += seconds
+    run.epoch = epoch + 1
+    run.save()
+    print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s", flush=True)
+    if stops:
+        raise Stopped(stops[0], f"the end of epoch {run.epoch}")
 
 
 def checked(loss: Tensor, epoch: int) -> float:

@@ -208,8 +208,8 @@ def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> F
         axes[i * len(surrogates), 0].axis("on")
         axes[i * len(surrogates), 0].imshow(sample["grid"], cmap="gray")
         axes[i * len(surrogates), 0].set_xlabel(f"no. {sample['index']}: {names[target]}", fontsize=9)
-    figure.suptitle(title + "\nframe: blue the true class, orange a wrong prediction; dots: the cell of the garment; "
-                    "orange favours the class, purple speaks against it, ± is the end of a row's scale", fontsize=10)
+    figure.suptitle(title + "\nframe: blue the true class, red a wrong prediction; dots: the cell of the garment; "
+                    "purple favours the class, orange speaks against it, ± is the end of a row's scale", fontsize=10)
     return figure
 
 
@@ -280,9 +280,10 @@ def draw_equivariance(rows: dict) -> Figure:
             values = 100 * error[row, padding]
             image = ax.imshow(values, cmap="viridis", vmin=0, vmax=top)
             on_grid = (np.add.outer(np.arange(8) % 4, np.arange(8) % 4) == 0)
-            ax.set(xticks=range(8), yticks=range(8), xlabel=f"shift right (pixels)\nmean off the grid {values[~on_grid].mean():.1f} %\n"
-                   f"by multiples of 4 pixels {values[on_grid & (np.arange(64) > 0).reshape(8, 8)].mean():.2g} %",
-                   title=row if padding == "zeros" else "")
+            moved = np.arange(64).reshape(8, 8) > 0
+            ax.set(xticks=range(8), yticks=range(8), title=row if padding == "zeros" else "",
+                   xlabel=f"shift right (pixels)\nmean: {values[~on_grid].mean():.1f} %,\n"
+                          f"of shifts by multiples of 4: {values[on_grid & moved].mean():.2g} %")
         line[0].set_ylabel(f"{'zero padding (as trained)' if padding == 'zeros' else 'circular padding'}\nshift down")
     figure.colorbar(image, ax=axes, label="equivariance error (% of the features' norm)", shrink=0.6)
     return figure

@@ -226,9 +226,9 @@ def measure(cfg: Config) -> None:
         more["error"] = {"zeros": equivariance_error(model, images),
                          "circular": equivariance_error(with_circular_padding(model), images)}
         scores = {f"equivariance_error_{padding}": float(np.mean(error)) for padding, error in more["error"].items()}
-    digest = hashlib.sha256(f"{data.IDX_DIGESTS} {config['split']} {cfg.images} {cfg.sweep_images}".encode()).hexdigest()
+    made_of = f"{data.IDX_DIGESTS} {config['split']} {cfg.images} {cfg.sweep_images}"
     record = engine.jsonable({
-        "script": "interpret.py", "config": config, "data": digest, "images": cfg.images,
+        "script": "interpret.py", "config": config, "data": hashlib.sha256(made_of.encode()).hexdigest(), "images": cfg.images,
         "sweep_images": cfg.sweep_images, "environment": engine.environment(device, bench.dtype), "trained": trained,
         "metrics": {"test": scores}, **more})
     if arrays:
@@ -262,7 +262,7 @@ def load_data(record: dict, root: Path) -> Dataset:
 
 
 def draw_figure1(cfg: Config, device: torch.device) -> figures.Figure:
-    """The first held-out grid, in their order, that both surrogates get right, that one of them does, that none does."""
+    """The first held-out grid that both surrogates get right, that only one of them does, that none does."""
     runs = {}
     for name, file in (("frozen", cfg.frozen), ("scratch", cfg.scratch)):
         if not Path(file).exists():

@@ -63,8 +63,9 @@ REPORT = {
     },
 }
 # The report's conclusions. Each is one or more differences (table, row, other row, metric, low, high), in points of the
-# test split: the claim says that row - other (or the row's own value) lies in [low, high]. "About 8" is taken as 8 give or take half of it,
-# "matters" as more than one point, "does not hurt" as less than half a point, "does not change" as less than one, "collapses" as more than twenty.
+# test split: the claim says that row - other (or the row's own value) lies in [low, high]. "About 8" is taken as 8 give
+# or take half of it, "matters" as more than one point, "does not hurt" as less than half a point, "does not change" as
+# less than one, "collapses" as more than twenty.
 INF = math.inf
 CLAIMS = {
     "C1": ("On Fashion-MNIST architecture choices matter little: all rows within 2 points of the base",
@@ -303,7 +304,7 @@ def pairs_of(rows: dict, row: str, other: str) -> list[tuple[dict, dict]]:
 
 
 def paired(rows: dict, row: str, other: str | None, split: str, key: str) -> list[float]:
-    """A metric's differences row - other, by the seeds that both have, in order; without `other` the row's own values."""
+    """A metric's differences row - other, by the seeds that both have; without `other` the row's own values."""
     if other is None:
         return [record["metrics"][split][key] for _, record in sorted(rows.get(row, {}).items())]
     return [a["metrics"][split][key] - b["metrics"][split][key] for a, b in pairs_of(rows, row, other)]
@@ -466,8 +467,8 @@ def render_claims(found: dict[str, dict]) -> str:
         half = worst["error"] * t_quantile(worst["seeds"] - 1) if worst["seeds"] > 1 else math.nan
         span = "" if math.isnan(half) else f"{worst['mean'] - half:+.2f} to {worst['mean'] + half:+.2f}"
         where = f"`{worst['row']}`" + (f" - `{worst['other']}`" if worst["other"] else "")
-        lines.append(f"| {name} {CLAIMS[name][0]} | {worst['mean']:+.2f} {worst['metric']}, {where} | {span} | {worst['seeds']} | {claim['p_holm']:.3f} | "
-                     f"{worst['sign_flip']:.3f} | **{claim['verdict']}** |")
+        lines.append(f"| {name} {CLAIMS[name][0]} | {worst['mean']:+.2f} {worst['metric']}, {where} | {span} | "
+                     f"{worst['seeds']} | {claim['p_holm']:.3f} | {worst['sign_flip']:.3f} | **{claim['verdict']}** |")
     return "\n".join(lines) + "\n"
 
 
@@ -523,9 +524,9 @@ def render_attention(rows: dict, equivariance: dict) -> str:
         found = [error_overlap(*(arrays_of(record)["prediction"] for record in pair), arrays_of(pair[0])["target"])
                  for pair in pairs]
         if found:
-            both, chance, same = (cell([overlap[key] for overlap in found], False) for key in ("both", "chance", "same"))
-            lines.append(f"- Tie {tie}: frozen and scratch both err on {both} % of the grids; independent errors of the "
-                         f"same classes would on {chance} %. Of these, {same} % get the same wrong class from both.")
+            both, chance, same = (cell([one[key] for one in found], False) for key in ("both", "chance", "same"))
+            lines.append(f"- Tie {tie}: frozen and scratch both err on {both} % of the grids; errors that are independent "
+                         f"given the class would on {chance} %. Of these, {same} % get the same wrong class from both.")
     if equivariance:
         lines += ["\n| equivariance error of the features | zero padding, as trained | circular padding | seeds |",
                   "|---|--:|--:|--:|"]

@@ -117,8 +117,9 @@ class VGGResNet(nn.Module):
 
     Three stages of widths b, 2b, 4b, `depth` blocks each. `down` is how the second and third stage
     halve the image: "maxpool", a 2x2 max-pool before the stage, "blurpool", the same without
-    aliasing, or "stride", stride 2 in its first block. Then global average pooling and one linear layer, which makes class activation maps exact
-    (Zhou et al. 2016, section 2). `block="transformer"` makes the last stage's blocks attention.
+    aliasing, or "stride", stride 2 in its first block. Then global average pooling and one linear
+    layer, which makes class activation maps exact (Zhou et al. 2016, section 2).
+    `block="transformer"` makes the last stage's blocks attention.
 
     Input (N, channels, H, W) with H and W multiples of 4, else ValueError; logits (N, classes).
     """

@@ -28,7 +28,8 @@ from engine import flag
 class Config(engine.Settings):
     depth: int = flag(2, "residual blocks in each of the three stages")
     width: int = flag(32, "channels of the first stage; the next ones have 2x and 4x")
-    down: typing.Literal["maxpool", "stride", "blurpool"] = flag("maxpool", "how the second and third stage halve the image")
+    down: typing.Literal["maxpool", "stride", "blurpool"] = flag(
+        "maxpool", "how the second and third stage halve the image")
     skip: bool = flag(True, "residual add inside each block")
     norm: bool = flag(True, "BatchNorm after each convolution")
     act: typing.Literal["relu", "gelu", "none"] = flag("relu", "activation")

@@ -1,6 +1,7 @@
 """The training loop: it resumes bit for bit, loses nothing, and refuses what does not match, in one line."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -43,40 +44,88 @@ def one_error(capsys):
 
 # ---- resume ----
 
-def kill_in_the_middle(command, last_line):
-    """Start a run, SIGKILL it as soon as it has printed this line; its exit code."""
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
-        for line in process.stdout:
-            if line.startswith(last_line):
-                process.send_signal(signal.SIGKILL)
-    return process.returncode
+def stop_at_step(monkeypatch, step, number=signal.SIGTERM):
+    """From now on the training step with this number, counted over all epochs, sends the process a signal."""
+    calls, real = [], models.cross_entropy
+
+    def stopping(*args, **more):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return real(*args, **more)
+
+    monkeypatch.setattr(models, "cross_entropy", stopping)
 
 
-def check_killed_equals_uninterrupted(command, tmp_path, epochs):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("step, where", [(1, "step 1 of 3 of epoch 1"), (5, "step 2 of 3 of epoch 2"),
+                                         (6, "the end of epoch 2")])
+def test_a_stopped_run_saves_its_step_and_ends_with_the_same_bits(tiny_root, tmp_path, monkeypatch, capsys, precision,
+                                                                  step, where):
+    flags = ["--epochs", "3", "--precision", precision]
+    assert run_seg(tiny_root, tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, step)
+        assert run_seg(tiny_root, tmp_path / "stopped", *flags) == 143
+    assert f"stopped by SIGTERM; the same command goes on from {where}" in one_error(capsys)
+    assert run_seg(tiny_root, tmp_path / "stopped", *flags) == 0
+    assert result(tmp_path / "stopped") == result(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["seed0.json", "seed0.npz", "seed0.pt"]
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[:len(content) // 2]
+    else:  # a bit in the middle of the largest tensor
+        content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "bit-flipped", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_root, tmp_path, monkeypatch, capsys, how):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, "--out", str(whole)], cwd=REPO, check=True, capture_output=True)
-    for epoch in (1, epochs // 2):
-        assert kill_in_the_middle([*command, "--out", str(broken)], f"epoch {epoch}/{epochs}") == -signal.SIGKILL
-        assert not (broken / "seed0.json").exists()
-    again = subprocess.run([*command, "--out", str(broken)], cwd=REPO, check=True, capture_output=True, text=True)
-    assert "goes on after epoch" in again.stderr
+    assert run_seg(tiny_root, whole, "--epochs", "3") == 0
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 6)
+        assert run_seg(tiny_root, broken, "--epochs", "3") == 143
+    if how == "missing":
+        (broken / "seed0.pt").unlink()
+    else:
+        damage(broken / "seed0.pt", how)
+    capsys.readouterr()
+    assert run_seg(tiny_root, broken, "--epochs", "3") == 0
+    said = capsys.readouterr().err
+    assert "seed0.pt" in said and "using " in said and "goes on after epoch 1/3" in said
     assert result(broken) == result(whole)
-    for name, tensor in torch.load(broken / "seed0.pt", weights_only=True)["model"].items():
-        assert torch.equal(tensor, torch.load(whole / "seed0.pt", weights_only=True)["model"][name]), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_killed_segmentation_run_ends_with_the_same_bits(tiny_root, tmp_path, precision):
-    command = [sys.executable, "train_seg.py", *TINY, "--epochs", "24", "--precision", precision,
-               "--data-root", str(tiny_root)]
-    check_killed_equals_uninterrupted(command, tmp_path, 24)
+def test_a_damaged_checkpoint_without_one_before_is_refused(tiny_root, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 6)
+        assert run_seg(tiny_root, tmp_path, "--epochs", "3") == 143
+    for path in tmp_path.glob("seed0*.pt"):
+        damage(path, "bit-flipped")
+    capsys.readouterr()
+    assert run_seg(tiny_root, tmp_path, "--epochs", "3") == 2
+    assert "prev.pt is no checkpoint of this project, or damaged" in one_error(capsys)
 
 
-def test_a_killed_classification_run_ends_with_the_same_bits(fashion_root, tmp_path):
-    command = [sys.executable, "train_cls.py", "--protocol", "smoke", "--epochs", "6", "--device", "cpu",
-               "--data-root", str(fashion_root)]
-    check_killed_equals_uninterrupted(command, tmp_path, 6)
+def test_a_second_process_on_the_same_run_is_refused(tiny_root, tmp_path, capsys):
+    with open(tmp_path / ".seed0.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run_seg(tiny_root, tmp_path) == 2
+        assert "seed0.pt is being written by another process" in one_error(capsys)
+        assert run_seg(tiny_root, tmp_path, "--seed", "1") == 0  # another seed is another run
+    assert run_seg(tiny_root, tmp_path) == 0
+
+
+def test_a_short_campaign_of_kills(fashion_root, tmp_path):
+    done = subprocess.run([sys.executable, "tests/faults.py", "--rounds", "6", "--out", str(tmp_path / "faults.json")],
+                          cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rounds = json.loads((tmp_path / "faults.json").read_text())["rounds"]
+    assert len(rounds) == 6 and all(one["same_bits"] and not one["stray"] for one in rounds)
 
 
 def test_a_complete_run_is_not_run_again(tiny_root, tmp_path, monkeypatch, capsys):
@@ -176,7 +225,7 @@ def test_a_full_disk_is_said_before_training_starts(tiny_root, tmp_path, capsys,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2 and "seed0.pt" in one_error(capsys)
-    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".seed0.lock"]
 
 
 @pytest.mark.parametrize("write", [2, 4, 5, 6],
@@ -196,7 +245,7 @@ def test_a_disk_that_fills_up_later_loses_nothing(tiny_root, tmp_path, capsys, m
         assert run_seg(tiny_root, tmp_path / "broken") == 2
     message = one_error(capsys)
     assert "No space left on device" in message and "seed0" in message
-    left = {path.name for path in (tmp_path / "broken").iterdir()}
+    left = {path.name for path in (tmp_path / "broken").iterdir()} - {"seed0.prev.pt", ".seed0.lock"}
     assert left == ({"seed0.pt", "seed0.npz"} if write == 6 else {"seed0.pt"})
     assert run_seg(tiny_root, tmp_path / "broken") == 0 and result(tmp_path / "broken") == result(tmp_path / "whole")
 
@@ -241,10 +290,12 @@ def test_out_of_memory_names_the_flags_to_lower(capsys):
         engine.guard(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
-def test_an_interrupt_says_how_to_go_on(capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-    assert engine.guard(interrupted) == 130 and "the same command goes on" in one_error(capsys)
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_signal_outside_training_says_how_to_go_on(capsys, name, code):
+    before = signal.getsignal(signal.SIGTERM)
+    assert engine.guard(lambda: os.kill(os.getpid(), getattr(signal, name))) == code
+    assert f"stopped by {name}; the same command goes on from the last checkpoint" in one_error(capsys)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_learning_rate():
