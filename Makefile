@@ -57,12 +57,17 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENV := $(VENV)/.installed
 endif
 
-.PHONY: help env data demo test bench table1 table2 claims figures
+# the rows that are exported, and the one that is timed at the study's full image size
+EXPORTED := table2/standard table1/maxpool-2-32
+
+.PHONY: help env data demo test bench export bench-inference table1 table2 claims figures
 .DELETE_ON_ERROR:
 help:
 	@echo "make demo           environment, data, a short training of both base models, figures in $(DEMO)/"
 	@echo "make test           environment, all tests"
 	@echo "make bench          speed of the training step and of average precision, as ratios"
+	@echo "make export         both base models as TorchScript, ONNX, int8 ONNX and AOTInductor, proven equal (PROTOCOL=)"
+	@echo "make bench-inference  speed and memory of all these forms, side by side (PROTOCOL=)"
 	@echo "make data           fetch and check the data sets"
 	@echo "make table1 table2  the study: all rows, all seeds (PROTOCOL= SEEDS= DEVICE= RUN= PY=, see the Makefile)"
 
@@ -137,3 +142,22 @@ runs/$(PROTOCOL)/$(1)/seed%.json: | $(ENV)
 	else $(RUN) $(PY) $(script/$(patsubst %/,%,$(dir $(1)))) --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) $($(1)) --out $$(@D); fi
 endef
 $(foreach row,$(ROWS),$(eval $(call weights_rule,$(row))))
+
+# ---- deployment ----
+
+TRAINED := $(EXPORTED:%=runs/$(PROTOCOL)/%/seed0)
+
+export: $(TRAINED:=/parity.json)
+
+# written last: where it exists, the models beside it passed
+$(TRAINED:=/parity.json): %/parity.json: %.json
+	$(PY) export.py --checkpoint $*.pt --device $(DEVICE)
+
+bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner
+	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE) --page README.md
+
+# against the installed torch, whose CUDA build needs no CUDA toolkit this way; RPATH, since a .pt2 loads libtorch too
+cpp/runner: TORCH = $(shell $(PY) -c "import torch; print(torch.__path__[0])")
+cpp/runner: cpp/runner.cpp | $(ENV)
+	$(CXX) -std=c++20 -O2 $< -o $@ -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include \
+	  -L$(TORCH)/lib -Wl,-rpath,$(TORCH)/lib,--disable-new-dtags,--as-needed -ltorch_cpu -lc10 -lpng -ljpeg

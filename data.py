@@ -39,6 +39,8 @@ from torchvision.transforms.v2 import functional as TF
 
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
 FACADE_CLASSES = ("others", "facade", "pillar", "window", "balcony")
+# Okabe and Ito's colours, which every kind of colour vision tells apart
+FACADE_PALETTE = ((60, 60, 60), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115))
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 # what `tree_digest` gives for the pinned sets: of the uncompressed files, whatever they were packed in
@@ -435,7 +437,20 @@ def synthetic_splits() -> list[tuple[Tensor, Tensor]]:
     return [(images[part], masks[part]) for part in (slice(0, 302), slice(302, None))]
 
 
-# ---- the command ----
+# ---- the set of a record, and the command ----
+
+def load_recorded(record: dict, root: Path) -> Dataset:
+    """The data set that a record's run was trained and tested on. BadInput if the root holds another."""
+    config = record["config"]
+    if "arch" in config:
+        dataset = load_facades(root, config["split"], config["size"])
+    else:
+        dataset = load_fashion(root, config["split"], config["train_images"])
+    if dataset.digest != record["data"]:
+        raise BadInput(f"data root {root} holds {dataset.name} {dataset.digest[:12]}, the checkpoint was trained on "
+                       f"{record['about_data']['name']} {record['data'][:12]}; name the root with --data-root")
+    return dataset
+
 
 def describe(data: Dataset) -> str:
     """What a set holds: counts, class shares and digest, one line each."""

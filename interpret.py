@@ -30,8 +30,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
-# Okabe and Ito's colours, which every kind of colour vision tells apart, in the order of FACADE_CLASSES
-PALETTE = np.array([(60, 60, 60), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115)], dtype=np.uint8)
+PALETTE = np.array(data.FACADE_PALETTE, dtype=np.uint8)
 WRONG = np.array((204, 121, 167), dtype=np.uint8)  # the same set's purple, no class has it
 
 
@@ -43,19 +42,6 @@ class Config:
     figure: str = flag("predictions.png", "picture to write: .png, .pdf or .svg")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
-
-
-def load_data(record: dict, root: Path) -> Dataset:
-    """The data set that a record's run was trained and tested on. BadInput if the root holds another."""
-    config = record["config"]
-    if "arch" in config:
-        dataset = data.load_facades(root, config["split"], config["size"])
-    else:
-        dataset = data.load_fashion(root, config["split"], config["train_images"])
-    if dataset.digest != record["data"]:
-        raise BadInput(f"data root {root} holds {dataset.name} {dataset.digest[:12]}, the checkpoint was trained on "
-                       f"{record['about_data']['name']} {record['data'][:12]}; name the root with --data-root")
-    return dataset
 
 
 def draw_segmentation(dataset: Dataset, logits: Tensor, title: str) -> Figure:
@@ -200,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"--figure {cfg.figure}: must end in .png, .pdf or .svg")
     device = engine.pick_device(cfg.device)
     model, record = engine.load_trained(Path(cfg.checkpoint), device)
-    dataset = load_data(record, data.find_root(cfg.data_root))
+    dataset = data.load_recorded(record, data.find_root(cfg.data_root))
     on_device = dataset.to(device)
     logits = engine.predict(model, on_device, on_device.test, record["config"]["batch"],
                             getattr(torch, record["environment"]["precision"]))
