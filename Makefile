@@ -61,7 +61,7 @@ surrogates/scratch-tie1   := --tie 1
 
 # fewer grids in more steps where there is no GPU
 composites/small := --train-images 8000 --batch 32 --lr 2e-3 --warmup 0.2
-measure/small := --images 2000 --sweep-images 128
+measure/small := --images 2000 --sweep-images 64
 measure/smoke := --images 64 --sweep-images 2
 
 # how far features are from moving with the image is measured for these rows of Table 1
@@ -80,13 +80,18 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENV := $(VENV)/.installed
 endif
 
-.PHONY: help env data demo test bench table1 table2 claims figures interpret faults
+# the rows that are exported, and the one that is timed at the study's full image size
+EXPORTED := table2/standard table1/maxpool-2-32
+
+.PHONY: help env data demo test faults bench table1 table2 claims figures interpret export bench-inference
 .DELETE_ON_ERROR:
 help:
 	@echo "make demo           environment, data, a short training of both base models, figures in $(DEMO)/"
 	@echo "make test           environment, all tests"
 	@echo "make faults         runs that are killed again and again must end with the same bits"
 	@echo "make bench          speed of the training step and of average precision, as ratios"
+	@echo "make export         both base models as TorchScript, ONNX, int8 ONNX and AOTInductor, proven equal (PROTOCOL=)"
+	@echo "make bench-inference  speed and memory of all these forms, side by side (PROTOCOL=)"
 	@echo "make data           fetch and check the data sets"
 	@echo "make table1 table2  the study: all rows, all seeds (PROTOCOL= SEEDS= DEVICE= RUN= PY=, see the Makefile)"
 	@echo "make claims figures the verdicts on the report's claims, and all figures, from what was run"
@@ -203,3 +208,22 @@ $(RESULTS)/predictions.png: | runs/$(PROTOCOL)/table2/standard/seed$(first).json
 
 # what is missing in runs/ is made only where a missing measurement needs it
 .SECONDARY: $(foreach seed,$(SEEDS),$(patsubst %,runs/$(PROTOCOL)/%/seed$(seed).json,$(ROWS) $(SURROGATES)))
+
+# ---- deployment ----
+
+TRAINED := $(EXPORTED:%=runs/$(PROTOCOL)/%/seed0)
+
+export: $(TRAINED:=/parity.json)
+
+# written last: where it exists, the models beside it passed
+$(TRAINED:=/parity.json): %/parity.json: %.json
+	$(PY) export.py --checkpoint $*.pt --device $(DEVICE)
+
+bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner
+	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE) --page README.md
+
+# against the installed torch, whose CUDA build needs no CUDA toolkit this way; RPATH, since a .pt2 loads libtorch too
+cpp/runner: TORCH = $(shell $(PY) -c "import torch; print(torch.__path__[0])")
+cpp/runner: cpp/runner.cpp | $(ENV)
+	$(CXX) -std=c++20 -O2 $< -o $@ -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include \
+	  -L$(TORCH)/lib -Wl,-rpath,$(TORCH)/lib,--disable-new-dtags,--as-needed -ltorch_cpu -lc10 -lpng -ljpeg

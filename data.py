@@ -508,7 +508,22 @@ def synthetic_splits() -> list[tuple[Tensor, Tensor]]:
     return [(images[part], masks[part]) for part in (slice(0, 302), slice(302, None))]
 
 
-# ---- the command ----
+# ---- the set of a record, and the command ----
+
+def load_recorded(record: dict, root: Path) -> Dataset:
+    """The data set that a record's run was trained and tested on. BadInput if the root holds another."""
+    config = record["config"]
+    if "arch" in config:
+        dataset = load_facades(root, config["split"], config["size"])
+    elif config.get("composites"):
+        dataset = load_composites(root, config["split"], config["train_images"], config["tie"])
+    else:
+        dataset = load_fashion(root, config["split"], config["train_images"])
+    if dataset.digest != record["data"]:
+        raise BadInput(f"data root {root} holds {dataset.name} {dataset.digest[:12]}, the checkpoint was trained on "
+                       f"{record['about_data']['name']} {record['data'][:12]}; name the root with --data-root")
+    return dataset
+
 
 def describe(data: Dataset) -> str:
     """What a set holds: counts, class shares and digest, one line each."""

@@ -310,7 +310,8 @@ class Run:
     OUT/seed<k>.pt is the checkpoint, rewritten every epoch, and in the end the trained model with its
     record; seed<k>.prev.pt is the one before, in case the newest is damaged; seed<k>.npz holds results
     per image; seed<k>.json is the record, written last: where it exists, the run is complete, and
-    `record` holds it. BadInput if a file belongs to other settings, data or another model. `start` holds weights to start from, instead of random ones.
+    `record` holds it. BadInput if a file belongs to other settings, data or another model. `start`
+    holds weights to start from, instead of random ones.
     """
 
     def __init__(self, cfg: Settings, dataset: Dataset, start: dict[str, Tensor] | None = None):

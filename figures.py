@@ -244,7 +244,7 @@ def draw_ties(rows: dict) -> Figure:
 
 
 def draw_shifts(rows: dict, arrays: dict) -> Figure:
-    """Accuracy by cell, and accuracy and consistency over all shifts, of the surrogates without a tie.
+    """Accuracy by cell, and accuracy and consistency over all shifts, of surrogates without a tie.
 
     arrays[row]: `sweep_accuracy` and `sweep_consistency`, (29, 29) fractions, means over the seeds.
     """

@@ -271,6 +271,34 @@ def build(settings: dict) -> nn.Module:
     return VGGResNet(s["depth"], s["width"], s["down"], s["skip"], s["norm"], s["act"], s["block"])
 
 
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose BatchNorms are part of the convolutions before them; the same logits to 1e-5."""
+    model = copy.deepcopy(model).eval()
+    for layers in model.modules():
+        if isinstance(layers, nn.Sequential) and len(layers) == 2 and isinstance(layers[1], nn.BatchNorm2d):
+            layers[0], layers[1] = nn.utils.fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
+    return model
+
+
+class Deployed(nn.Module):
+    """A trained model behind its normalisation, in evaluation mode: uint8 (N, C, H, W) -> float32 logits.
+
+    mean and std are of images in [0, 1], one value a channel.
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        mean, std = torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        normal = images.float() * self.scale + self.shift
+        return self.model(normal.contiguous(memory_format=torch.channels_last))
+
+
 def weights_digest(model: nn.Module) -> str:
     """sha256 over the names and bytes of all weights and buffers."""
     digest = hashlib.sha256()

@@ -32,15 +32,19 @@ def facade_root() -> Path:
 
 @pytest.fixture
 def tiny_root(tmp_path) -> Path:
+    return make_tiny_root(tmp_path / "root")
+
+
+def make_tiny_root(root: Path) -> Path:
     """A data root with a facade set of 6 + 3 synthetic images, 32 pixels a side."""
     for part, indexes in (("train", range(6)), ("test_dev", range(6, 9))):
-        folder = tmp_path / "root" / "mini_facade" / part
+        folder = root / "mini_facade" / part
         folder.mkdir(parents=True)
         for i in indexes:
             image, mask = data.synthetic_facade(i, 32)
             Image.fromarray(image).save(folder / f"eecs442_{i:04d}.jpg")
             Image.fromarray(mask).save(folder / f"eecs442_{i:04d}.png")
-    return tmp_path / "root"
+    return root
 
 
 def save_mask(path: Path, mask: np.ndarray) -> None:

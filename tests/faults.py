@@ -4,8 +4,8 @@
 
 Each round takes a script and a precision, starts the run, sends SIGKILL after a random time (or at the
 first write after it), up to three times, lets it end, and compares weights, losses and metrics with an
-uninterrupted run. The folder may then hold nothing but the three files of a run. Rounds are drawn from --seed; the instants are
-wall time, so another machine kills elsewhere.
+uninterrupted run. The folder may then hold nothing but the three files of a run. Rounds are drawn from --seed;
+the instants are wall time, so another machine kills elsewhere.
 """
 
 import argparse

@@ -134,6 +134,8 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path):
     # a shift by a whole side is the garment in the other cell, with the same digits in other cells
     assert len(arrays["cell1_minus_cell0"]) == 40 and len(arrays["shifted_minus_whole"]) == 2
     assert scores["cell1_minus_cell0"] == pytest.approx(scores["accuracy_cell1"] - scores["accuracy_cell0"])
+    assert "sweep_accuracy" not in scores and "cell1_minus_cell0" not in np.load(
+        folder / "scratch-tie0.9/seed0.npz")
     assert "sweep_accuracy" not in np.load(folder / "scratch-tie0.9/seed0.npz")
     before = (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns
     measure("frozen", folder / "frozen-tie0")
