@@ -4,7 +4,6 @@ from pathlib import Path
 # the networks here are tiny: more threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -45,7 +44,3 @@ def make_tiny_root(root: Path) -> Path:
             Image.fromarray(image).save(folder / f"eecs442_{i:04d}.jpg")
             Image.fromarray(mask).save(folder / f"eecs442_{i:04d}.png")
     return root
-
-
-def save_mask(path: Path, mask: np.ndarray) -> None:
-    Image.fromarray(mask).save(path)

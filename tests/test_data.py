@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_mask
-from PIL import Image
 
 import data
 from data import BadInput, Dataset, Split
@@ -123,63 +121,7 @@ def test_normalise():
     assert found.flatten().tolist() == pytest.approx([-2, 2])
 
 
-# ---- broken sets: one line that names the file, the value and the remedy ----
-
-def rename(folder: Path, old: str, new: str):
-    (folder / old).rename(folder / new)
-
-
-def write(folder: Path, name: str, content: bytes):
-    (folder / name).write_bytes(content)
-
-
-def jpeg_mask(folder: Path):
-    Image.new("L", (32, 32)).save(folder / "eecs442_0002.png", format="JPEG")
-
-
-BROKEN = {
-    "an image without a mask": (lambda f: (f / "eecs442_0002.png").unlink(), r"0002.jpg has no eecs442_0002.png"),
-    "a mask without an image": (lambda f: (f / "eecs442_0002.jpg").unlink(), r"0002.png has no eecs442_0002.jpg"),
-    "an unknown class": (lambda f: save_mask(f / "eecs442_0003.png", np.full((32, 32), 255, np.uint8)),
-                         r"eecs442_0003.png has the value 255 in 1024 pixels; the classes are 0 others"),
-    "a mask of another size": (lambda f: save_mask(f / "eecs442_0001.png", np.zeros((32, 16), np.uint8)),
-                               r"eecs442_0001.jpg is 32x32 but its mask eecs442_0001.png is 16x32"),
-    "a JPEG mask": (jpeg_mask, r"eecs442_0002.png is a JPEG of mode L; a mask must be"),
-    "an RGB mask": (lambda f: save_mask(f / "eecs442_0002.png", np.zeros((32, 32, 3), np.uint8)), r"PNG of mode RGB"),
-    "a 16-bit mask": (lambda f: save_mask(f / "eecs442_0002.png", np.zeros((32, 32), np.uint16)), r"PNG of mode I;16"),
-    "an empty image": (lambda f: write(f, "eecs442_0000.jpg", b""), r"eecs442_0000.jpg cannot be read as an image"),
-    "a truncated image": (lambda f: write(f, "eecs442_0000.jpg", (f / "eecs442_0000.jpg").read_bytes()[:300]),
-                          r"eecs442_0000.jpg cannot be read as an image"),
-    "a truncated mask": (lambda f: write(f, "eecs442_0000.png", (f / "eecs442_0000.png").read_bytes()[:80]),
-                         r"eecs442_0000.png cannot be read as an image"),
-    "text for an image": (lambda f: write(f, "eecs442_0000.jpg", b"not found"), r"cannot be read as an image"),
-    "no image at all": (lambda f: [p.unlink() for p in list(f.iterdir())], r"train has no .jpg image"),
-    "another suffix": (lambda f: rename(f, "eecs442_0002.jpg", "eecs442_0002.jpeg"), r"eecs442_0002.png has no"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_facade_set_is_refused_by_name(tiny_root, case):
-    breakage, message = BROKEN[case]
-    breakage(tiny_root / "mini_facade/train")
-    with pytest.raises(BadInput, match=message) as caught:
-        data.load_facades(tiny_root, size=32)
-    assert "\n" not in str(caught.value)
-
-
-def test_images_of_two_sizes_are_refused(tiny_root):
-    folder = tiny_root / "mini_facade/train"
-    Image.new("RGB", (48, 32)).save(folder / "eecs442_0004.jpg")
-    save_mask(folder / "eecs442_0004.png", np.zeros((32, 48), np.uint8))
-    with pytest.raises(BadInput, match="eecs442_0004.jpg is 48x32 but the images before it are 32x32"):
-        data.load_facades(tiny_root, size=32)
-
-
-def test_a_missing_part_is_refused(tiny_root):
-    (tiny_root / "mini_facade/test_dev").rename(tiny_root / "mini_facade/test")
-    with pytest.raises(BadInput, match="test_dev has no .jpg image"):
-        data.load_facades(tiny_root, size=32)
-
+# ---- the data root; broken sets are in test_bad_input.py ----
 
 def test_a_data_root_that_is_named_must_exist(tmp_path, monkeypatch):
     monkeypatch.delenv("DATA_ROOT", raising=False)
@@ -216,15 +158,6 @@ def test_idx_files_are_read_as_they_lie(tmp_path, small_idx):
     put(tmp_path / "FashionMNIST/raw", small_idx)
     dataset = data.load_fashion(tmp_path)
     assert dataset.train.images.shape == (6, 1, 28, 28) and dataset.test.targets.tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("damage", [lambda c: c[:-1], lambda c: c[:-1] + b"x", lambda c: b"", lambda c: c + b"x"])
-def test_a_damaged_idx_file_is_refused(tmp_path, small_idx, damage):
-    raw = put(tmp_path / "FashionMNIST/raw", small_idx)
-    file = raw / data.IDX_FILES[2]
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(BadInput, match="raw is damaged: its files are not those of FashionMNIST"):
-        data.load_fashion(tmp_path)
 
 
 def source(files):
