@@ -34,9 +34,9 @@ def tiny_root(tmp_path) -> Path:
     return make_tiny_root(tmp_path / "root")
 
 
-def make_tiny_root(root: Path) -> Path:
+def make_tiny_root(root: Path, train: int = 6, test: int = 3) -> Path:
     """A data root with a facade set of 6 + 3 synthetic images, 32 pixels a side."""
-    for part, indexes in (("train", range(6)), ("test_dev", range(6, 9))):
+    for part, indexes in (("train", range(train)), ("test_dev", range(train, train + test))):
         folder = root / "mini_facade" / part
         folder.mkdir(parents=True)
         for i in indexes:

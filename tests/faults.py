@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a forked child must not wait for its pare
 
 import numpy as np
 import torch
-from PIL import Image
+from conftest import make_tiny_root
 
 import data
 import engine
@@ -39,13 +39,7 @@ FLAGS = {"train_cls": ["--train-images", "512", "--width", "4", "--epochs", "4"]
 def small_root(root: Path, scratch: Path) -> Path:
     """The real Fashion-MNIST, and a facade set of a few drawn images, so that a round takes seconds."""
     (scratch / "FashionMNIST").symlink_to((root / "FashionMNIST").resolve())
-    for part, indexes in (("train", range(24)), ("test_dev", range(24, 32))):
-        folder = scratch / "mini_facade" / part
-        folder.mkdir(parents=True)
-        for i in indexes:
-            for suffix, array in zip((".jpg", ".png"), data.synthetic_facade(i, 32)):
-                Image.fromarray(array).save(folder / f"{i:04d}{suffix}")
-    return scratch
+    return make_tiny_root(scratch, 24, 8)
 
 
 def run(script: str, flags: list[str], log: Path) -> None:

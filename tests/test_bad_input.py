@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny_root
 from PIL import Image
 
 import data
@@ -247,11 +248,7 @@ CHECKPOINTS = {
 def finished(tmp_path_factory):
     """A finished run on the synthetic facades: its seed0.pt and data root."""
     folder = tmp_path_factory.mktemp("finished")
-    for part, indexes in (("train", range(6)), ("test_dev", range(6, 9))):
-        (folder / "root/mini_facade" / part).mkdir(parents=True)
-        for i in indexes:
-            for suffix, array in zip((".jpg", ".png"), data.synthetic_facade(i, 32)):
-                Image.fromarray(array).save(folder / "root/mini_facade" / part / f"{i}{suffix}")
+    make_tiny_root(folder / "root")
     argv = ["--protocol", "smoke", "--width", "4", "--device", "cpu", "--data-root", str(folder / "root")]
     assert engine.guard(lambda: train_seg.main([*argv, "--out", str(folder)])) == 0
     return folder / "seed0.pt", folder / "root"
