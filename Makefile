@@ -222,7 +222,8 @@ $(TRAINED:=/parity.json): %/parity.json: %.json
 bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner
 	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE) --page README.md
 
-# against the installed torch, whose CUDA build needs no CUDA toolkit this way; RPATH, since a .pt2 loads libtorch too
+# needs libpng-dev and libjpeg-dev; linked like this, torch's CUDA build needs no CUDA toolkit; RPATH, not RUNPATH, since
+# a .pt2 loads libtorch as well
 cpp/runner: TORCH = $(shell $(PY) -c "import torch; print(torch.__path__[0])")
 cpp/runner: cpp/runner.cpp | $(ENV)
 	$(CXX) -std=c++20 -O2 $< -o $@ -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include \

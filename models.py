@@ -294,9 +294,11 @@ class Deployed(nn.Module):
         self.register_buffer("shift", -mean / std)
         self.eval().requires_grad_(False)
 
+    def normalise(self, images: Tensor) -> Tensor:
+        return (images.float() * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
+
     def forward(self, images: Tensor) -> Tensor:
-        normal = images.float() * self.scale + self.shift
-        return self.model(normal.contiguous(memory_format=torch.channels_last))
+        return self.model(self.normalise(images))
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -7,8 +7,6 @@
 // Images are PNG, JPEG or PPM of any size. A mask is a palette PNG whose pixel value is the class.
 
 #include <malloc.h>
-#include <sys/resource.h>
-#include <unistd.h>
 
 #include <chrono>
 #include <csetjmp>
@@ -143,7 +141,16 @@ std::pair<std::function<Tensor(const Tensor&)>, Metadata> load(const std::string
     return {[module](const Tensor& images) { return module->forward({images}).toTensor(); }, about};
 }
 
-void bench(const std::function<Tensor(const Tensor&)>& model, int channels, char** how) {
+// KiB: "VmRSS:" what this process holds now, "VmHWM:" the most that it ever held. Not getrusage, which counts what
+// the parent process held when it started this one.
+long memory(const std::string& which) {
+    std::ifstream status("/proc/self/status");
+    for (std::string line; std::getline(status, line);)
+        if (line.starts_with(which)) return std::stol(line.substr(which.size()));
+    return 0;
+}
+
+void bench(const std::function<Tensor(const Tensor&)>& model, int channels, char** how, long before) {
     const int batch = std::stoi(how[0]), size = std::stoi(how[1]);
     const double least = std::stod(how[2]);
     at::set_num_threads(std::stoi(how[3]));
@@ -157,17 +164,17 @@ void bench(const std::function<Tensor(const Tensor&)>& model, int channels, char
         seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
         total += seconds.back();
     }
-    rusage usage{};
-    getrusage(RUSAGE_SELF, &usage);
-    std::cout << "{\"peak_mb\": " << usage.ru_maxrss / 1024 << ", \"seconds\": [";
+    std::cout << "{\"peak_mb\": " << (memory("VmHWM:") - before) / 1024 << ", \"seconds\": [";
     for (size_t i = 0; i < seconds.size(); i++) std::cout << (i ? ", " : "") << seconds[i];
     std::cout << "]}\n";
 }
 
 int run(int argc, char** argv) {
-    if (argc < 3) throw std::runtime_error("usage: runner MODEL [--out FOLDER] IMAGES... | --bench BATCH SIZE SECONDS THREADS");
+    if (argc < 3)
+        throw std::runtime_error("usage: runner MODEL [--out FOLDER] IMAGES... | --bench BATCH SIZE SECONDS THREADS");
     mallopt(M_MMAP_THRESHOLD, 1 << 30);  // keep large tensors' pages between passes
     mallopt(M_TRIM_THRESHOLD, 1 << 30);
+    const long before = memory("VmRSS:");
     c10::InferenceMode inference;
     auto [model, about] = load(argv[1]);
     const auto classes = split(about["classes"]), palette = split(about["palette"]);
@@ -177,7 +184,7 @@ int run(int argc, char** argv) {
     fs::path out = "predictions";
     if (std::string(argv[2]) == "--bench") {
         if (argc != 7) throw std::runtime_error("--bench wants BATCH SIZE SECONDS THREADS");
-        bench(model, channels, argv + 3);
+        bench(model, channels, argv + 3, before);
         return 0;
     }
     if (std::string(argv[2]) == "--out" && argc > 4) out = argv[3], first = 4;

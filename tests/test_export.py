@@ -1,5 +1,6 @@
 """Exported models predict what the trained one does, in Python and in C++; one that does not leaves no file."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_inference
 import numpy as np
 import onnx
 import onnxruntime
@@ -348,3 +350,44 @@ def test_cpp_refusals(seg, runner, tmp_path, pictures):
         done = subprocess.run([runner, *map(str, argv)], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ")
         assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+
+
+# ---- the benchmark ----
+
+def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
+    """One short round: a record that holds what the table shows, the table in the page, the plot."""
+    rows = ("eager", "eager bfloat16", "TorchScript", "AOTInductor", "ONNX Runtime int8", "C++ TorchScript",
+            "C++ AOTInductor")
+    monkeypatch.setattr(bench_inference, "BACKENDS", {name: bench_inference.BACKENDS[name] for name in rows})
+
+    def measure(cfg, name, batch, apart=bench_inference.measure_apart):
+        if name.startswith("C++") or (name, batch) == ("TorchScript", 1):  # one process shows that processes work
+            return apart(cfg, name, batch)
+        return bench_inference.measure(dataclasses.replace(cfg, only=name, batch=batch))
+
+    monkeypatch.setattr(bench_inference, "measure_apart", measure)
+    (tmp_path / "page.md").write_text("before\n<!-- inference -->\n<!-- /inference -->\nafter\n")
+    argv = ["--checkpoint", seg / "seed0.pt", "--data-root", seg / "root", "--size", "32", "--rounds", "1", "--seconds",
+            "0.01", "--threads", "1", "--device", "cpu", "--record", tmp_path / "bench/inference.json", "--page",
+            tmp_path / "page.md"]
+    assert engine.guard(lambda: bench_inference.main([*map(str, argv)])) == 0
+    record = json.loads((tmp_path / "bench/inference.json").read_text())
+    assert [row["name"] for row in record["results"]] == [*rows]
+    for row in record["results"]:
+        assert row["batch1"]["median_ms"] <= row["batch1"]["p95_ms"] and row["batch8"]["passes"] >= 5
+        assert row["quality"]["map"] == pytest.approx(record["parity"]["forms"]["eager"]["map"], abs=0.05)
+    assert record["results"][0]["batch1"]["ratio"] == 1 and record["model"] == "HourGlass(1,8)"
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("before\n<!-- inference -->\n| form |") and page.endswith("<!-- /inference -->\nafter\n")
+    assert f"| AOTInductor | {record['results'][3]['batch1']['median_ms']:.1f} |" in page
+    assert (tmp_path / "bench/inference.png").stat().st_size > 10_000
+
+
+def test_bench_refusals(seg, tmp_path, capsys):
+    for flags, message in ((["--checkpoint", seg / "seed0.pt", "--models", tmp_path], "parity.json is missing: run"),
+                           ([], "--checkpoint is missing"), (["--checkpoint", "x", "--size", "0"], "--size 0: must be"),
+                           (["--checkpoint", "x", "--only", "caffe"], "--only caffe: must be one of eager,")):
+        assert engine.guard(lambda: bench_inference.main([*map(str, flags)])) == 2
+        assert message in capsys.readouterr().err
+    done = subprocess.run([sys.executable, "export.py", "bench"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: --checkpoint is missing")

@@ -1,0 +1,295 @@
+"""Speed and memory of every exported form beside eager PyTorch and its peers: `python export.py bench`.
+
+    python export.py bench --checkpoint runs/.../seed0.pt         after the export of the same checkpoint
+
+Each measurement is a process of its own that loads one form, warms up and times forward passes of random images. Rounds
+go over all forms in turn, so that a busy machine slows all of them; ratios are taken within a round. "eager" is what a
+plain script gets: PyTorch's default layout and allocator. The C++ program takes part where `make cpp/runner` built it,
+OpenVINO where it is installed. Metrics are of the held-out split at the run's own image size.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+import data
+import engine
+import export
+import metrics
+import models
+from data import BadInput
+from engine import flag
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+BASE = "eager"
+BACKENDS = {  # name: how it runs, the exported form that it reads, the type that it computes in
+    BASE: ("eager", None, "float32"),
+    "eager, channels_last, freed memory kept": ("eager", None, "float32"),
+    "eager bfloat16": ("eager", None, "bfloat16"),
+    "torch.compile": ("compile", None, "float32"),
+    "torch.compile bfloat16": ("compile", None, "bfloat16"),
+    "TorchScript": ("file", "TorchScript", "float32"),
+    "AOTInductor": ("file", "AOTInductor", "float32"),
+    "ONNX Runtime": ("file", "ONNX", "float32"),
+    "ONNX Runtime int8": ("file", "ONNX int8", "int8"),
+    "ONNX Runtime int8, upsampling as copies": ("file", "ONNX int8 for ONNX Runtime", "int8"),
+    "C++ TorchScript": ("runner", "TorchScript", "float32"),
+    "C++ AOTInductor": ("runner", "AOTInductor", "float32"),
+    "OpenVINO": ("openvino", "ONNX", "f32"),
+    "OpenVINO bfloat16": ("openvino", "ONNX", "bf16"),
+    "OpenVINO int8": ("openvino", "ONNX int8", "f32"),
+}
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    checkpoint: str | None = flag(None, "seed<k>.pt of a finished run that was exported")
+    models: str | None = flag(None, "folder of its models (default: the checkpoint's name without .pt)")
+    size: int = flag(256, "pixels a side of the timed images")
+    rounds: int = flag(3, "how often each form is measured")
+    seconds: float = flag(3.0, "time of one measurement, at least 5 passes")
+    threads: int = flag(torch.get_num_threads(), "threads of every form")
+    device: str = flag("auto", "auto, cpu, cuda, ...")
+    data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
+    record: str = flag("results/bench/inference.json", "file of the results; a .png of the same name beside it")
+    page: str | None = flag(None, "file to put the table into, between <!-- inference --> markers")
+    only: str | None = flag(None, "time this form alone, in this process, and print the times as JSON")
+    batch: int = flag(1, "images a pass, with --only")
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None:
+            raise BadInput("--checkpoint is missing: name the seed<k>.pt of a run that was exported")
+        for name in ("size", "rounds", "seconds", "threads", "batch"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.only is not None and self.only not in BACKENDS:
+            raise BadInput(f"--only {self.only}: must be one of {', '.join(BACKENDS)}")
+
+    def file(self, form: str) -> Path:
+        return Path(self.models or Path(self.checkpoint).with_suffix(""), export.FILES[form])
+
+
+def open_backend(cfg: Config, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """One row of the table as a function of uint8 images (N, C, H, W) on its device -> float32 logits."""
+    how, form, precision = BACKENDS[name]
+    if how == "file":
+        return export.open_form(cfg.file(form), cfg.threads)
+    if how == "openvino":
+        import openvino
+        compiled = openvino.Core().compile_model(cfg.file(form), "CPU", {
+            "INFERENCE_NUM_THREADS": cfg.threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision})
+        request = compiled.create_infer_request()
+        return lambda images: torch.from_numpy(request.infer({0: images.contiguous().numpy()})[0])
+    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    about = record["about_data"]
+    deployed = models.Deployed(model, about["mean"], about["std"]).to(device)
+    if name == BASE:
+        model.to(memory_format=torch.contiguous_format)
+        return lambda images: model(deployed.normalise(images).contiguous())
+    forward = lambda images: engine.forward(model, deployed.normalise(images), getattr(torch, precision))
+    return torch.compile(forward) if how == "compile" else forward
+
+
+def memory_mb(which: str) -> int:
+    """"VmRSS", what this process holds in memory now, or "VmHWM", the most that it ever held."""
+    # not getrusage, which counts what the parent process held when it started this one
+    return int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0]) // 1024
+
+
+@torch.inference_mode()
+def measure(cfg: Config) -> dict:
+    """Seconds of each pass, and the peak memory that model and passes need (on CUDA that of the tensors)."""
+    before = memory_mb("VmRSS")  # the libraries, of which a form needs one, and this process imports all
+    torch.set_num_threads(cfg.threads)
+    device = engine.pick_device(cfg.device)
+    if cfg.only != BASE and device.type == "cpu":
+        engine.keep_freed_memory()
+    channels = len(parity_of(cfg)["mean"].split(","))
+    run = open_backend(cfg, cfg.only, device)
+    images = torch.from_numpy(np.random.default_rng(0).integers(
+        0, 256, (cfg.batch, channels, cfg.size, cfg.size), dtype=np.uint8)).to(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(3):
+        run(images)
+    seconds = []
+    while sum(seconds) < cfg.seconds or len(seconds) < 5:
+        wait()
+        start = time.perf_counter()
+        run(images)
+        wait()
+        seconds.append(time.perf_counter() - start)
+    memory = torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else memory_mb("VmHWM") - before
+    return {"peak_mb": memory, "seconds": seconds}
+
+
+def parity_of(cfg: Config) -> dict:
+    path = cfg.file("ONNX").with_name("parity.json")
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is missing: run python export.py --checkpoint {cfg.checkpoint} first") from error
+
+
+def measure_apart(cfg: Config, name: str, batch: int) -> dict:
+    how, form, _ = BACKENDS[name]
+    if how == "runner":
+        command = [engine.SOURCE / "cpp/runner", cfg.file(form), "--bench", batch, cfg.size, cfg.seconds, cfg.threads]
+    else:
+        command = [sys.executable, __file__, "--only", name, "--batch", batch]
+        for key in ("checkpoint", "models", "size", "seconds", "threads", "device"):
+            command += [f"--{key}", getattr(cfg, key)] if getattr(cfg, key) is not None else []
+    path = os.pathsep.join([str(engine.SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": str(cfg.threads), "PYTHONPATH": path})
+    if done.returncode:
+        raise BadInput(f"{name} cannot be timed: {(done.stderr.splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def usable(cfg: Config, name: str, device: torch.device) -> bool:
+    how, form, _ = BACKENDS[name]
+    if how == "runner" and not (engine.SOURCE / "cpp/runner").exists() or form and not cfg.file(form).exists():
+        return False
+    if how == "openvino" and not importlib.util.find_spec("openvino"):
+        return False
+    if device.type == "cuda":
+        onnx_there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        return how in ("eager", "compile") or form == "AOTInductor" and how == "file" or form == "ONNX" and onnx_there
+    return True
+
+
+def quality(cfg: Config, names: list[str], device: torch.device) -> dict[str, dict]:
+    """Each row's comparison with the model: from the export's report, or measured here where that has no such form."""
+    known = parity_of(cfg)["forms"]
+    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    dataset = data.load_recorded(record, data.find_root(cfg.data_root)).to(device)
+    split, batch = dataset.test, record["config"]["batch"]
+    exact = engine.predict(model, dataset, split, batch, torch.float32)
+    found = {}
+    for name in names:
+        how, form, _ = BACKENDS[name]
+        if how in ("file", "runner"):
+            found[name] = known[form]
+        else:
+            logits = export.logits_of(open_backend(cfg, name, device), split.images, batch)
+            found[name] = export.compare(logits, exact.cpu(), split.targets.cpu(), dataset.classes)
+    return found
+
+
+def summarise(rounds: list[dict], names: list[str], found: dict[str, dict]) -> list[dict]:
+    """One entry a form: rounds[i][name][batch] are one measurement's peak_mb and seconds."""
+    rows = []
+    for name in names:
+        row = {"name": name, "quality": found[name]}
+        for batch in BATCHES:
+            seconds = np.concatenate([one[name][batch]["seconds"] for one in rounds])
+            ratios = [statistics.median(one[BASE][batch]["seconds"]) / statistics.median(one[name][batch]["seconds"])
+                      for one in rounds]
+            row[f"batch{batch}"] = {
+                "median_ms": 1000 * np.median(seconds), "p95_ms": 1000 * np.percentile(seconds, 95),
+                "images_per_second": batch / np.median(seconds), "passes": len(seconds),
+                "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
+                "peak_mb": max(one[name][batch]["peak_mb"] for one in rounds)}
+        rows.append(row)
+    return rows
+
+
+def render(record: dict) -> str:
+    key, label = ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
+    lines = ["| form | median ms | p95 ms | times as fast as eager (rounds) | images/s | images/s, batch 8 | peak MB | "
+             f"test {label} |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in record["results"]:
+        one, many = row["batch1"], row["batch8"]
+        lines.append(f"| {row['name']} | {one['median_ms']:.1f} | {one['p95_ms']:.1f} | {one['ratio']:.2f} "
+                     f"({one['ratio_low']:.2f} to {one['ratio_high']:.2f}) | {one['images_per_second']:.1f} | "
+                     f"{many['images_per_second']:.1f} | {one['peak_mb']} | {100 * row['quality'][key]:.2f} |")
+    environment = record["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines.append(f"\n{record['model']}, {record['size']} pixels a side, batch 1 unless said; {environment['device']}; "
+                 f"{versions}. Median and range of {record['rounds']} rounds, each form in a process of its own; peak "
+                 f"memory without the libraries themselves. "
+                 f"{label} is that of the split at {record['parity']['size']} pixels, the run's own size.")
+    return "\n".join(lines) + "\n"
+
+
+def draw(record: dict, path: Path) -> None:
+    """Speed against the metric: a marker a form, and the line that an 8-bit form may not fall below."""
+    key, label = ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
+    figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    colours = {"float32": "#0072B2", "f32": "#0072B2", "bfloat16": "#009E73", "bf16": "#009E73", "int8": "#D55E00"}
+    for row, marker in zip(record["results"], "o^sDvPX*hpd<>8H"):
+        colour = colours["int8" if "int8" in row["name"] else BACKENDS[row["name"]][2]]
+        peer = row["name"].startswith("OpenVINO")
+        ax.plot(row["batch1"]["images_per_second"], 100 * row["quality"][key], marker, ms=9, color=colour, ls="",
+                mfc="none" if peer else colour, label=row["name"])
+    eager = 100 * record["results"][0]["quality"][key]
+    ax.axhline(eager - 100 * export.INT8_LOSS, color="black", ls="--", lw=1)
+    ax.text(0.99, eager - 100 * export.INT8_LOSS, "the gate of int8", ha="right", va="bottom",
+            transform=ax.get_yaxis_transform())
+    ax.set(xlim=(0, None), ylim=(eager - 150 * export.INT8_LOSS, eager + 60 * export.INT8_LOSS),
+           xlabel=f"images a second, batch 1, {record['size']} pixels a side, {record['threads']} threads",
+           ylabel=f"test {label} (%)")
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = engine.parse(Config, __doc__, argv)
+    if cfg.only is not None:
+        print(json.dumps(measure(cfg)))
+        return
+    torch.set_num_threads(cfg.threads)
+    device = engine.pick_device(cfg.device)
+    parity = parity_of(cfg)
+    names = [name for name in BACKENDS if usable(cfg, name, device)]
+    for name in BACKENDS.keys() - set(names):
+        print(f"{name}: not here, left out", file=sys.stderr)
+    found = quality(cfg, names, device)  # before the long part: it may refuse
+    rounds = []
+    for i in range(cfg.rounds):
+        rounds.append({name: {} for name in names})
+        for batch in BATCHES:
+            for name in names:
+                rounds[-1][name][batch] = measure_apart(cfg, name, batch)
+                print(f"round {i + 1}/{cfg.rounds}, batch {batch}: {name} "
+                      f"{1000 * statistics.median(rounds[-1][name][batch]['seconds']):.1f} ms", flush=True)
+    config = engine.load_trained(Path(cfg.checkpoint), device)[1]["config"]
+    model = {"hourglass": "HourGlass({hourglasses},{width})", "unet": "U-Net({width})"}.get(
+        config.get("arch"), "VGG-ResNet({depth},{width},{down})").format(**config)
+    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    if any(name.startswith("OpenVINO") for name in names):
+        versions["openvino"] = importlib.metadata.version("openvino")
+    record = {"model": model, "size": cfg.size, "threads": cfg.threads, "rounds": cfg.rounds, "seconds": cfg.seconds,
+              "environment": engine.environment(device, torch.float32), "versions": versions, "parity": parity,
+              "results": summarise(rounds, names, found)}
+    path = Path(cfg.record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine.write_atomic(path, (json.dumps(engine.jsonable(record), indent=1) + "\n").encode())
+    draw(record, path.with_suffix(".png"))
+    print(render(record))
+    if cfg.page:
+        metrics.put_between_markers(Path(cfg.page), "inference", render(record))
+
+
+if __name__ == "__main__":
+    sys.exit(engine.guard(main))
