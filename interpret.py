@@ -154,16 +154,15 @@ def measure_places(bench: Bench) -> dict[str, Tensor]:
 
 
 def sweep_shifts(bench: Bench, count: int) -> dict[str, Tensor]:
-    """The garment alone, on black, at every place that a shift by 0 to 28 pixels down and right takes it to.
+    """Every shift by 0 to 28 pixels down and right of grids whose garment lies top left: it stays whole.
 
-    Alone, because digits that moved with it would be cut by the border, and what they do would count as the
-    shift's. Float32 (29, 29): `sweep_accuracy`, and `sweep_consistency`, the share of garments that keep the
-    prediction they have top left. Per garment: `shifted_minus_whole`, its share of right predictions over all
-    places less that over the four cells.
+    The digits roll around the borders, which cut them; without them a surrogate that has never seen a
+    garment alone guesses. Float32 (29, 29): `sweep_accuracy`, and `sweep_consistency`, the share of grids
+    that keep the prediction they have unshifted. Per grid: `shifted_minus_whole`, its share of right
+    predictions over all shifts less that over the four moves by whole cells.
     """
     start = bench.grids(count, cell=0).split
     side = start.images.shape[-1] // 2 + 1
-    start.images[..., side - 1:, :], start.images[..., side - 1:] = 0, 0
     predictions = torch.stack([torch.stack([bench.predict(dataclasses.replace(
         start, images=start.images.roll((down, right), (2, 3)))) for right in range(side)]) for down in range(side)])
     right = (predictions == start.targets).double()

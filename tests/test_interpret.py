@@ -147,7 +147,7 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path):
                                                                   "confusion.png", "equivariance.png"}
     metrics.main(["attention", "--protocol", "smoke", "--results", str(tmp_path / "results")])
     text = (folder.parent / "attention.md").read_text()
-    assert "`frozen-tie0`" in text and "over all 841 places" in text and "| `stride` |" in text
+    assert "`frozen-tie0`" in text and "over all 841 shifts" in text and "| `stride` |" in text
 
 
 def test_figure1_shows_right_and_wrong_grids_of_both(surrogates, fashion_root, tmp_path):
