@@ -120,7 +120,7 @@ bench: $(ENV)
 	PYTHONPATH=. $(PY) tests/bench.py
 
 faults: $(ENV)
-	PYTHONPATH=. $(PY) tests/faults.py --rounds 60
+	PYTHONPATH=. $(PY) tests/faults.py --rounds 44
 
 # ---- the study ----
 

@@ -519,7 +519,7 @@ def render_attention(rows: dict, equivariance: dict) -> str:
                      f"{values[2]}, bottom right {values[3]}.")
     if "frozen-tie0" in rows:
         moved = cell(paired(rows, "frozen-tie0", None, "test", "shifted_minus_whole"), True)
-        lines.append(f"- `frozen-tie0`: accuracy over all 841 shifts, which cut the digits, less that over moves by whole "
+        lines.append(f"- `frozen-tie0`: accuracy over all 841 shifts, which cut digits, less that over moves by whole "
                      f"cells: {moved}.")
     for tie in ("0", "0.9"):
         pairs = pairs_of(rows, f"frozen-tie{tie}", f"scratch-tie{tie}")

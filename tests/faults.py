@@ -1,6 +1,6 @@
 """A campaign of faults: runs that are killed at random instants must end with the same bits as one that is not.
 
-    PYTHONPATH=. python tests/faults.py --rounds 60 --out results/faults/faults.json
+    PYTHONPATH=. python tests/faults.py --rounds 44 --out results/faults/faults.json
 
 Each round takes a script and a precision, starts the run, sends SIGKILL after a random time (or at the
 first write after it), up to three times, lets it end, and compares weights, losses and metrics with an
@@ -108,7 +108,7 @@ def campaign(rounds: int, seed: int, root: Path, scratch: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=44)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-root", help="folder of the data sets (default: $DATA_ROOT, else ./data)")
     parser.add_argument("--out", default="results/faults/faults.json", help="record to write")
