@@ -130,6 +130,7 @@ SEEDS_report := 0 1 2 3 4 5
 SEEDS_small := 0 1 2
 SEEDS_smoke := 0
 DEVICE ?= auto
+RUN :=
 RESULTS := results/$(PROTOCOL)
 ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))
 
@@ -226,5 +227,5 @@ bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner
 # a .pt2 loads libtorch as well
 cpp/runner: TORCH = $(shell $(PY) -c "import torch; print(torch.__path__[0])")
 cpp/runner: cpp/runner.cpp | $(ENV)
-	$(CXX) -std=c++20 -O2 $< -o $@ -isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include \
-	  -L$(TORCH)/lib -Wl,-rpath,$(TORCH)/lib,--disable-new-dtags,--as-needed -ltorch_cpu -lc10 -lpng -ljpeg
+	$(CXX) -std=c++20 -O2 $< -o $@ -isystem "$(TORCH)/include" -isystem "$(TORCH)/include/torch/csrc/api/include" \
+	  -L"$(TORCH)/lib" -Wl,-rpath,"$(TORCH)/lib",--disable-new-dtags,--as-needed -ltorch_cpu -lc10 -lpng -ljpeg

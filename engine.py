@@ -9,7 +9,7 @@ A script declares its settings as a frozen dataclass on top of `Settings`, and t
 
 An epoch depends on nothing but the weights, the optimiser's state and (seed, epoch), so a killed run
 goes on from its last epoch and ends, on the CPU, with the same bits. One that is told to stop (Ctrl-C,
-SIGTERM, SIGUSR1) saves the step it is at.
+SIGTERM, SIGUSR1) saves the step it is at. Under torchrun, its processes share each step's batch.
 """
 
 import argparse
@@ -37,8 +37,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -75,6 +78,7 @@ class Settings:
     weight_decay: float = flag(1e-4, "L2 penalty of Adam")
     warmup: float = flag(0.0, "share of the steps that climb linearly to --lr; the rest falls to 0 as a cosine")
     precision: typing.Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "auto: bf16 where the device has it")
+    deterministic: bool = flag(False, "CUDA: the same bits from every run, at some cost; a CPU does so anyway")
     compile: bool = flag(False, "torch.compile the network: for GPUs, on a CPU it may slow the steps")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", place=True)
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)", place=True)
@@ -160,10 +164,13 @@ def guard(main: Callable[[], None]) -> int:
     except FloatingPointError as error:
         message, code = str(error), 1
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            message, code = "out of memory: lower --batch first, then --size or --width", 2
+        elif dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            message, code = "another process of the group has ended; run the same command to go on", 1
+        else:
             raise
-        message, code = "out of memory: lower --batch first, then --size or --width", 2
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {f'process {rank()}: ' if ranks() > 1 else ''}{' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -214,6 +221,132 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
+# ---- one run in several processes: torchrun ----
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_group(device: torch.device) -> torch.device:
+    """Under torchrun join its processes, of which the first alone speaks and writes; returns this one's device."""
+    if not dist.is_torchelastic_launched():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def leave_group() -> None:
+    """After training: the first process goes on alone, the others are done."""
+    if dist.is_initialized():
+        last = rank() > 0
+        dist.destroy_process_group()
+        if last:
+            sys.exit(0)
+
+
+def from_first(state: typing.Any) -> typing.Any:
+    """The first process's state in every process, sent as a checkpoint is stored: no peer can run code by it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    size = torch.tensor(buffer.tell())
+    dist.broadcast(size, 0)
+    content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8) if rank() == 0 else (
+        torch.empty(int(size), dtype=torch.uint8))
+    dist.broadcast(content, 0)
+    return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
+
+
+def any_signal(stops: list[int]) -> int:
+    """The signal that this process, or any of the group, was sent so far, else 0: all leave at the same step."""
+    number = torch.tensor(stops[0] if stops else 0)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # among the CPUs: no step waits for the device
+    return int(number)
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's part of a batch that all hold."""
+    return batch.chunk(ranks())[rank()]
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batch of all processes, for the CPU, where nn.SyncBatchNorm does not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        values = x.float()
+        mean = AllMean.apply(values.mean((0, 2, 3)))
+        centred = values - mean.view(-1, 1, 1)
+        var = AllMean.apply(centred.square().mean((0, 2, 3)))
+        count = ranks() * x.numel() / x.shape[1]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+
+class AllMean(torch.autograd.Function):
+    """The mean of a tensor over all processes; so is its gradient, as each has a part in every process's mean."""
+
+    @staticmethod
+    def forward(ctx: typing.Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value / ranks()
+
+    backward = staticmethod(lambda ctx, gradient: AllMean.forward(ctx, gradient))
+
+
+class SharedDropout(nn.Dropout):
+    """Dropout that draws for the whole batch and drops in this process's part: what one process would drop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * share(F.dropout(torch.cat([torch.ones_like(x)] * ranks()), self.p))
+
+
+class Replica(nn.Module):
+    """A model whose step is shared: the forward pass of a part of the batch here, and the logits of all of it.
+
+    Every process computes the loss of the whole batch, so a loss that divides by something of the
+    batch (class weights, Dice) is what it is in one process. A process differentiates its own part;
+    DistributedDataParallel averages the parts' gradients, which `ranks()` turns into their sum.
+    """
+
+    def __init__(self, model: nn.Module, step_forward: Callable):
+        super().__init__()
+        on_cuda = next(model.parameters()).is_cuda
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.__class__ = SharedDropout
+            elif isinstance(module, nn.BatchNorm2d) and not on_cuda:
+                module.__class__ = SyncedBatchNorm
+        self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_cuda else model
+        self.step_forward = step_forward
+
+    def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        logits = self.step_forward(self.model, images, dtype)
+        logits.register_hook(lambda gradient: gradient * ranks())
+        everyone = [torch.empty_like(logits, memory_format=torch.contiguous_format) for _ in range(ranks())]
+        dist.all_gather(everyone, logits.detach().contiguous())
+        everyone[rank()] = logits
+        return torch.cat(everyone)
+
+
 # ---- one run: its files, its resume, its record ----
 
 def write_atomic(path: Path, content: bytes, previous: Path | None = None) -> None:
@@ -223,7 +356,8 @@ def write_atomic(path: Path, content: bytes, previous: Path | None = None) -> No
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # a link that someone put there would be followed
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -241,6 +375,8 @@ def read_checkpoint(path: Path) -> dict:
     """A checkpoint of this project, unpickled without running code. BadInput if it is anything else."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise zipfile.BadZipFile("compressed")  # a small file could unpack to any size; torch.save never does
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile("checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -257,7 +393,7 @@ def read_record(path: Path) -> dict:
     try:
         record = json.loads(path.read_text())
         return {name: record[name] for name in ("config", "data", "metrics", *record)}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); delete it") from error
 
 
@@ -266,8 +402,16 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     state = read_checkpoint(path)
     if "record" not in state:
         raise BadInput(f"{path} is of an unfinished run (epoch {state['epoch']}); run its training command again")
-    model = models.build(state["record"]["config"])
-    model.load_state_dict(state["model"])
+    try:
+        config = state["record"]["config"]
+        if type(config["seed"]) is not int or config["seed"] < 0:  # it becomes part of file names
+            raise ValueError("seed")
+        with torch.device("meta"):  # takes no memory, whatever width the file names
+            model = models.build(config)
+        model.load_state_dict(state["model"], assign=True)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: its settings and its weights do not fit together ({type(error).__name__}); train the "
+                       f"model again") from error
     return model.to(device, memory_format=torch.channels_last).eval(), state["record"]
 
 
@@ -292,6 +436,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
             "source_sha256": data.tree_digest([(path.name, path.read_bytes()) for path in SOURCE.glob("*.py")]),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": torchvision.__version__, "platform": platform.platform(), "device": name,
+            "processes": ranks(),
             "precision": str(dtype).removeprefix("torch.")}
 
 
@@ -315,7 +460,7 @@ class Run:
     """
 
     def __init__(self, cfg: Settings, dataset: Dataset, start: dict[str, Tensor] | None = None):
-        self.device = pick_device(cfg.device)
+        self.device = join_group(pick_device(cfg.device))
         if cfg.dry_run:
             self.scratch = tempfile.TemporaryDirectory()
             cfg = dataclasses.replace(cfg, epochs=1, out=self.scratch.name)
@@ -323,6 +468,11 @@ class Run:
             dataset = dataclasses.replace(dataset, train=dataset.train.map(one), test=dataset.test.map(one))
         if self.device.type == "cpu":
             keep_freed_memory()
+        if min(cfg.batch, len(dataset.train)) % ranks():
+            raise BadInput(f"--batch {cfg.batch}: {ranks()} processes cannot share {min(cfg.batch, len(dataset.train))}"
+                           f" images evenly; choose a multiple of {ranks()}")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic; read when it starts
+        torch.use_deterministic_algorithms(cfg.deterministic)
         self.cfg = cfg
         self.dtype = pick_dtype(cfg.precision, self.device)
         self.environment = environment(self.device, self.dtype)  # now: the source may change while it runs
@@ -343,12 +493,13 @@ class Run:
         self.within: dict | None = None  # how far into the epoch, if it was stopped there
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         self.lock = self.checkpoint.with_name(f".{self.checkpoint.stem}.lock")
-        self.claim()
+        if rank() == 0:
+            self.claim()
         self.resume()
 
     def claim(self) -> None:
         """Hold the run's lock for as long as this object lives. BadInput if another process has it."""
-        file = os.open(self.lock, os.O_CREAT | os.O_RDWR, 0o666)
+        file = os.open(self.lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
         weakref.finalize(self, os.close, file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -375,13 +526,25 @@ class Run:
             print(f"NOTE: {error}; using {self.previous}", file=sys.stderr)
             return read_checkpoint(self.previous)
 
-    def resume(self) -> None:
+    def found(self) -> dict | None:
+        """What the run's files hold, as its first process sees them: its record, a checkpoint or nothing."""
         if self.record_file.exists():
             self.record = read_record(self.record_file)
             self.refuse_other(self.record_file, self.record)
             self.release()
-        elif (state := self.newest()) is not None:
+            return {"record": self.record}
+        state = self.newest()
+        if state is not None:
             self.refuse_other(self.checkpoint, state["identity"])
+        return state
+
+    def resume(self) -> None:
+        state = self.found() if rank() == 0 else None
+        if dist.is_initialized():
+            state = from_first(state)
+        if state is not None and "model" not in state:  # complete
+            leave_group()
+        elif state is not None:
             try:
                 self.model.load_state_dict(state["model"])
             except RuntimeError as error:
@@ -393,7 +556,8 @@ class Run:
             self.epoch, self.curve, self.seconds = state["epoch"], state["curve"], state["seconds"]
             self.within = state.get("within")
             step = f", step {self.within['step']}" if self.within else ""
-            print(f"{self.checkpoint}: goes on after epoch {self.epoch}/{self.cfg.epochs}{step}", file=sys.stderr)
+            if rank() == 0:
+                print(f"{self.checkpoint}: goes on after epoch {self.epoch}/{self.cfg.epochs}{step}", file=sys.stderr)
         else:
             self.save()  # a place that cannot be written shows now, not after the first epoch
 
@@ -410,6 +574,8 @@ class Run:
                            f"delete it")
 
     def save(self, **more: typing.Any) -> None:
+        if rank() > 0:
+            return
         state = {"identity": self.identity, "epoch": self.epoch, "model": self.model.state_dict(),
                  "curve": self.curve, "seconds": self.seconds, "within": self.within,
                  **(more or {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()})}
@@ -490,25 +656,30 @@ def fit(run: Run, loss_fn: Callable[[Tensor, Tensor], Tensor], flip: bool = Fals
 
     loss_fn(logits float32, targets uint8) -> scalar. The step never waits for the device: the loss
     is read once a second for the progress bar and once an epoch for the record. FloatingPointError
-    if it is not finite; the last checkpoint then holds the weights of the epoch before.
+    if it is not finite; the last checkpoint then holds the weights of the epoch before. Of several
+    processes, only the first returns.
     """
     stops: list[int] = []
     step_forward = torch.compile(forward) if run.cfg.compile else forward
+    if dist.is_initialized():
+        replica = DistributedDataParallel(Replica(run.model, step_forward))
+        step_forward = lambda model, images, dtype: replica(share(images), dtype)
     with handling(STOPPING, lambda number, frame: stops.append(number)):
         while run.epoch < run.cfg.epochs:
             fit_epoch(run, step_forward, loss_fn, flip, stops)
+    leave_group()
 
 
 def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, stops: list[int]) -> None:
     """One epoch, or what is left of one. Stopped, after saving, once there is a signal in `stops`."""
     cfg, epoch = run.cfg, run.epoch
     steps = data.steps_per_epoch(run.data.train, cfg.batch)
-    torch.backends.cudnn.benchmark = True  # every step has one shape
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # every step has one shape; what is fastest may vary
     start = shown = time.perf_counter()
     run.model.train()
     first, total = run.begin_epoch()
-    bar = tqdm(total=(steps - first) * min(cfg.batch, len(run.data.train)), unit="img", leave=False, disable=None,
-               desc=f"epoch {epoch + 1}/{cfg.epochs}")
+    bar = tqdm(total=(steps - first) * min(cfg.batch, len(run.data.train)), unit="img", leave=False,
+               disable=None if rank() == 0 else True, desc=f"epoch {epoch + 1}/{cfg.epochs}")
     for step, (images, targets) in enumerate(
             data.shuffled_batches(run.data, cfg.batch, cfg.seed, epoch, flip, first), first + 1):
         for group in run.optimizer.param_groups:
@@ -523,11 +694,11 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
         if time.perf_counter() - shown > 1:
             shown = time.perf_counter()
             bar.set_postfix(loss=f"{checked(total / step, epoch):.4f}")
-        if stops and step < steps:
+        if step < steps and (stop := any_signal(stops)):
             checked(total, epoch)
             run.seconds += time.perf_counter() - start
             run.save_within(step, total)
-            raise Stopped(stops[0], f"step {step} of {steps} of epoch {epoch + 1}")
+            raise Stopped(stop, f"step {step} of {steps} of epoch {epoch + 1}")
     bar.close()
     run.curve.append(checked(total / steps, epoch))
     seconds = time.perf_counter() - start
@@ -535,8 +706,8 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
     run.epoch = epoch + 1
     run.save()
     print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s", flush=True)
-    if stops:
-        raise Stopped(stops[0], f"the end of epoch {run.epoch}")
+    if stop := any_signal(stops):
+        raise Stopped(stop, f"the end of epoch {run.epoch}")
 
 
 def checked(loss: Tensor, epoch: int) -> float:

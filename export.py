@@ -48,6 +48,9 @@ def predict(argv: list[str]) -> None:
         session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
         about = session.get_modelmeta().custom_metadata_map
         classes, stride, channels = about["classes"].split(","), int(about["stride"]), len(about["mean"].split(","))
+        if not (1 <= stride <= 64 and channels in (1, 3) and about["classes"].isprintable()):
+            raise ValueError("its description is damaged")
+        palette, entry = bytes.fromhex(about["palette"].replace(",", "")), about["input"]
     except Exception as error:  # onnxruntime raises its own kinds for a missing or damaged file
         raise ValueError(f"{args.model} is no model that export.py made ({str(error).splitlines()[0]})") from error
     targets = {}
@@ -58,18 +61,22 @@ def predict(argv: list[str]) -> None:
         targets[target] = path
     for target, path in targets.items():
         try:
-            image = np.asarray(Image.open(path).convert("L" if channels == 1 else "RGB"))
-        except OSError as error:
+            image = Image.open(path, formats=("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP"))
+            if image.width * image.height > 1 << 26:
+                raise OSError(f"{image.width}x{image.height} pixels")
+            image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image ({error})") from error
         height, width = image.shape[:2]
         # the network halves the image: repeat its edge up to the next size that it can
         image = np.pad(image.reshape(height, width, channels), ((0, -height % stride), (0, -width % stride), (0, 0)),
                        mode="edge")
-        logits = session.run(None, {about["input"]: image.transpose(2, 0, 1)[None]})[0][0]
-        if about["palette"]:
+        logits = session.run(None, {entry: image.transpose(2, 0, 1)[None]})[0][0]
+        if palette:
             mask = Image.fromarray(logits.argmax(0).astype(np.uint8)[:height, :width])
-            mask.putpalette(bytes.fromhex(about["palette"].replace(",", "")))
+            mask.putpalette(palette)
             target.parent.mkdir(parents=True, exist_ok=True)
+            target.with_suffix(".tmp").unlink(missing_ok=True)  # a link that someone put there would be followed
             mask.save(target.with_suffix(".tmp"), format="PNG")
             os.replace(target.with_suffix(".tmp"), target)
             print(f"{path} -> {target}")
@@ -88,7 +95,8 @@ if __name__ == "__main__" and sys.argv[1:2] == ["predict"]:
 # the benchmark lies beside the other one; this form of its command saves importing torch twice
 if __name__ == "__main__" and sys.argv[1:2] == ["bench"]:
     source = Path(__file__).resolve().parent
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(source), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    # without the filter an unset PYTHONPATH would mean the current folder
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
     os.execv(sys.executable, [sys.executable, str(source / "tests/bench_inference.py"), *sys.argv[2:]])
 
 import hashlib

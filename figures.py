@@ -322,7 +322,7 @@ def draw_overlays(images: list[np.ndarray], maps: list[np.ndarray], names: list[
         for ax in line:
             ax.imshow(image if image.ndim == 3 else np.repeat(image[..., None], 3, 2), extent=extent)
             ax.set(xticks=[], yticks=[])
-        line[0].set_title(name, fontsize=9)
+        line[0].set_title(name, fontsize=9, parse_math=False)  # a file's name is no formula
         for ax, layer, label in zip(line[1:], layers, labels):
             drawn = ax.imshow(layer, extent=extent, alpha=0.65, cmap="PuOr" if diverging else "viridis",
                               vmin=-scale if diverging else 0, vmax=scale if diverging else 1)

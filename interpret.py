@@ -304,6 +304,8 @@ def draw_images(model: nn.Module, record: dict, paths: list[str], device: torch.
         image = data.read_image(Path(path), Path(path).read_bytes()).convert("RGB" if segments else "L")
         scale = about["size"] / min(image.size)
         width, height = (max(1, round(side * scale / model.stride)) * model.stride for side in image.size)
+        if width * height > data.IMAGE_LIMIT:
+            raise BadInput(f"{path} is {image.width}x{image.height}: too long for its width; crop it")
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).reshape(height, width, -1)
         batch = data.normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device),
                                tuple(about["mean"]), tuple(about["std"]))

@@ -16,6 +16,7 @@ import json
 import math
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -251,8 +252,11 @@ def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
     found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     for row in [row for row in known if row in found] + [row for row in found if row not in known]:
         for path in sorted(folder.glob(f"{row}/seed*.json")):
-            record = json.loads(path.read_text())
-            rows.setdefault(row, {})[record["config"]["seed"]] = {**record, "path": str(path)}
+            try:
+                record = json.loads(path.read_text())
+                rows.setdefault(row, {})[record["config"]["seed"]] = {**record, "path": str(path)}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is no run record, or damaged ({type(error).__name__}); delete it") from error
     records = [record for seeds in rows.values() for record in seeds.values()]
     for seeds in rows.values():
         first = next(iter(seeds.values()))
@@ -309,6 +313,11 @@ def paired(rows: dict, row: str, other: str | None, split: str, key: str) -> lis
     return [a["metrics"][split][key] - b["metrics"][split][key] for a, b in pairs_of(rows, row, other)]
 
 
+def plain(text: str) -> str:
+    """The name of a folder or a device, which in a Markdown table may neither end the cell nor be HTML."""
+    return re.sub(r"[|<>`\r\n]", "?", text)
+
+
 def cell(values: list[float], signed: bool) -> str:
     """"+0.42 ± 0.31" of percentages over seeds; the interval is missing where there is one seed."""
     mean, half = interval([100 * value for value in values])
@@ -322,7 +331,7 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
              + " | seeds | parameters | multiply-adds | training |",
              "|---|" + "--:|" * (2 * len(COLUMNS[table]) + 4)]
     for row in [*REPORT[table], *(row for row in rows if row not in REPORT[table])]:
-        label, *reported = REPORT[table].get(row, (row, *[None] * len(COLUMNS[table])))
+        label, *reported = REPORT[table].get(row, (plain(row), *[None] * len(COLUMNS[table])))
         records, cells = rows.get(row, {}), []
         for (_, split, key), value in zip(COLUMNS[table], reported):
             if row == base_row:
@@ -338,8 +347,8 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
             cells += [f"{one['parameters'] / 1e6:.2f} M", f"{one['multiply_adds'] / 1e6:,.0f} M", f"{seconds:,.0f} s"]
         else:
             cells += [""] * 3
-        lines.append(f"| {label} `{row}` | " + " | ".join(cells) + " |")
-    devices = sorted({record["environment"]["device"] for seeds in rows.values() for record in seeds.values()})
+        lines.append(f"| {label} `{plain(row)}` | " + " | ".join(cells) + " |")
+    devices = sorted({plain(record["environment"]["device"]) for seeds in rows.values() for record in seeds.values()})
     lines.append(f"\nPercent. First row: value; others: difference from it, paired by seed. ± is the 95 % interval "
                  f"over seeds (Student's t). Device: {'; '.join(devices) or 'none yet'}.")
     return "\n".join(lines) + "\n"
@@ -347,10 +356,25 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
 
 # ---- the claims ----
 
+def npz(record: dict) -> Path:
+    return Path(record["path"]).with_suffix(".npz")
+
+
+@functools.cache
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays per image or photo that lie beside a record."""
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it and its record, then run it again"
+                         ) from error
+
+
 @functools.cache
 def redrawn_average_precisions(path: Path) -> np.ndarray:
     """AP (1000, C) of a run on 1,000 test sets of photos drawn with repetition, the same for every run."""
-    arrays = np.load(path)
+    arrays = load_arrays(path)
     photos = len(arrays["groups"])
     # in float32, where BLAS multiplies: a count here is under 2^24
     draws = np.random.default_rng(0).multinomial(photos, np.full(photos, 1 / photos), 1000).astype(np.float32)
@@ -358,15 +382,9 @@ def redrawn_average_precisions(path: Path) -> np.ndarray:
     return binned_average_precision(*(np.tensordot(draws, count, 1) for count in counts))
 
 
-def arrays_of(record: dict) -> dict[str, np.ndarray]:
-    """The arrays per image or photo that lie beside a record."""
-    with np.load(Path(record["path"]).with_suffix(".npz")) as arrays:
-        return dict(arrays)
-
-
 def each_image(record: dict, key: str) -> np.ndarray:
     """The values per test image whose mean is a metric: accuracy, and all that interpret.py measures."""
-    arrays = arrays_of(record)
+    arrays = load_arrays(npz(record))
     return (arrays[key] if key in arrays else arrays["prediction"] == arrays["target"]).astype(np.float64)
 
 
@@ -378,7 +396,7 @@ def variance_of_test_set(rows: dict, row: str, other: str | None, key: str) -> f
     """
     if key in ("map", "wgap"):
         reduce = np.nanmean if key == "map" else np.nanmin
-        score = lambda record: reduce(redrawn_average_precisions(Path(record["path"]).with_suffix(".npz")), 1)
+        score = lambda record: reduce(redrawn_average_precisions(npz(record)), 1)
         return float(np.var(np.mean([score(a) - score(b) for a, b in pairs_of(rows, row, other)], 0)))
     if other is None:
         each = np.mean([each_image(record, key) for record in rows[row].values()], 0)
@@ -403,6 +421,8 @@ def effect(rows: dict, row: str, other: str | None, key: str) -> tuple[float, fl
 
 def sign_flip(differences: list[float]) -> float:
     """Exact two-sided p of the paired sign-flip test: the share of sign choices whose |sum| is as large."""
+    if len(differences) > 20:
+        raise ValueError(f"{len(differences)} seeds have 2^{len(differences)} choices of signs; compare at most 20")
     signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
     return float(np.mean(np.abs(signs @ np.asarray(differences)) >= abs(sum(differences)) - 1e-12))
 
@@ -475,7 +495,7 @@ def render_claims(found: dict[str, dict]) -> str:
 
 def mean_arrays(seeds: dict[int, dict], names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Means over a row's seeds of arrays that lie beside its records."""
-    loaded = [arrays_of(record) for record in seeds.values()]
+    loaded = [load_arrays(npz(record)) for record in seeds.values()]
     return {name: np.mean([arrays[name] for arrays in loaded], 0) for name in names}
 
 
@@ -483,7 +503,7 @@ def summed_confusion(seeds: dict[int, dict], classes: int) -> np.ndarray:
     """int64 (classes, classes): true class by predicted one, over all seeds of a row."""
     total = np.zeros((classes, classes), np.int64)
     for record in seeds.values():
-        arrays = arrays_of(record)
+        arrays = load_arrays(npz(record))
         np.add.at(total, (arrays["target"], arrays["prediction"]), 1)
     return total
 
@@ -523,7 +543,8 @@ def render_attention(rows: dict, equivariance: dict) -> str:
                      f"cells: {moved}.")
     for tie in ("0", "0.9"):
         pairs = pairs_of(rows, f"frozen-tie{tie}", f"scratch-tie{tie}")
-        found = [error_overlap(*(arrays_of(record)["prediction"] for record in pair), arrays_of(pair[0])["target"])
+        found = [error_overlap(*(load_arrays(npz(record))["prediction"] for record in pair),
+                               load_arrays(npz(pair[0]))["target"])
                  for pair in pairs]
         if found:
             both, chance, same = (cell([one[key] for one in found], False) for key in ("both", "chance", "same"))

@@ -43,10 +43,15 @@ std::vector<std::string> split(const std::string& text) {
 
 // ---- images: uint8 (H, W, channels), channels 1 or 3 ----
 
+void check_pixels(int64_t height, int64_t width) {
+    if (height * width > 1 << 26) throw std::runtime_error("has more than 64 million pixels");
+}
+
 Tensor read_png(const std::string& path, int channels) {
     png_image image{.version = PNG_IMAGE_VERSION};
     if (!png_image_begin_read_from_file(&image, path.c_str())) throw std::runtime_error(image.message);
     // without an alpha channel libpng would blend with a background: keep the colours and drop it, as Pillow does
+    check_pixels(image.height, image.width);
     image.format = channels == 1 ? PNG_FORMAT_GA : PNG_FORMAT_RGBA;
     Tensor pixels = torch::empty({image.height, image.width, channels + 1}, torch::kUInt8);
     if (!png_image_finish_read(&image, nullptr, pixels.data_ptr(), 0, nullptr)) throw std::runtime_error(image.message);
@@ -78,6 +83,7 @@ Tensor read_jpeg(FILE* file, int channels) {
     }
     jpeg_stdio_src(&jpeg, file);
     jpeg_read_header(&jpeg, TRUE);
+    check_pixels(jpeg.image_height, jpeg.image_width);
     jpeg.out_color_space = channels == 1 ? JCS_GRAYSCALE : JCS_RGB;
     jpeg_start_decompress(&jpeg);
     pixels = torch::empty({jpeg.output_height, jpeg.output_width, channels}, torch::kUInt8);
@@ -97,6 +103,7 @@ Tensor read_ppm(FILE* file, int channels) {
         most != 255 || width < 1 || height < 1 || width > 65536 || height > 65536)
         throw std::runtime_error(channels == 1 ? "not an 8-bit binary PGM (P5)" : "not an 8-bit binary PPM (P6)");
     std::fgetc(file);  // one white-space character, then the pixels
+    check_pixels(height, width);
     Tensor pixels = torch::empty({height, width, channels}, torch::kUInt8);
     if (std::fread(pixels.data_ptr(), 1, pixels.numel(), file) != size_t(pixels.numel()))
         throw std::runtime_error("the file ends too early");
@@ -123,6 +130,7 @@ void write_mask(const Tensor& mask, const std::vector<std::string>& palette, con
         for (int i = 0; i < 6; i += 2) colours.push_back(std::stoi(colour.substr(i, 2), nullptr, 16));
     fs::path half = path;
     half += ".tmp";  // a reader never sees half a mask
+    fs::remove(half);  // a link that someone put there would be followed
     Tensor values = mask.contiguous();
     if (!png_image_write_to_file(&image, half.c_str(), 0, values.data_ptr(), 0, colours.data()))
         throw std::runtime_error(path.string() + ": " + image.message);
@@ -180,6 +188,8 @@ int run(int argc, char** argv) {
     const auto classes = split(about["classes"]), palette = split(about["palette"]);
     if (classes.empty()) throw std::runtime_error(std::string(argv[1]) + " is no model that export.py made");
     const int channels = split(about["mean"]).size(), stride = std::stoi(about["stride"]);
+    if ((channels != 1 && channels != 3) || stride < 1 || stride > 64)
+        throw std::runtime_error(std::string(argv[1]) + " has a damaged description");
     int first = 2;
     fs::path out = "predictions";
     if (std::string(argv[2]) == "--bench") {
@@ -203,7 +213,7 @@ int run(int argc, char** argv) {
         const Tensor logits = model(image.index_select(2, rows).index_select(3, columns).contiguous())[0];
         if (palette.empty()) {
             const auto [odds, best] = logits.softmax(0).max(0);
-            std::printf("%s: %s %.1f %%\n", argv[i], classes[best.item<int64_t>()].c_str(), 100 * odds.item<float>());
+            std::printf("%s: %s %.1f %%\n", argv[i], classes.at(best.item<int64_t>()).c_str(), 100 * odds.item<float>());
             continue;
         }
         const fs::path path = out / fs::path(argv[i]).stem().concat(".png");

@@ -155,7 +155,7 @@ def measure_apart(cfg: Config, name: str, batch: int) -> dict:
         command = [sys.executable, __file__, "--only", name, "--batch", batch]
         for key in ("checkpoint", "models", "size", "seconds", "threads", "device"):
             command += [f"--{key}", getattr(cfg, key)] if getattr(cfg, key) is not None else []
-    path = os.pathsep.join([str(engine.SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    path = os.pathsep.join(filter(None, [str(engine.SOURCE), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([*map(str, command)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": str(cfg.threads), "PYTHONPATH": path})
     if done.returncode:

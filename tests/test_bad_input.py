@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -230,6 +231,18 @@ def resaved(change):
     return damage
 
 
+def deflated(path):
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def with_setting(**settings):
+    return resaved(lambda state: state["record"]["config"].update(settings))
+
+
 CHECKPOINTS = {
     "of no bytes": (cut(0), "is no checkpoint of this project, or damaged"),
     "cut": (cut(0.7), "is no checkpoint of this project, or damaged"),
@@ -239,6 +252,10 @@ CHECKPOINTS = {
     "that is bare weights": (resaved(lambda state: state["model"]), "is no checkpoint of this project, or damaged"),
     "that holds code": (lambda path: torch.save({"identity": Path("x"), "epoch": 1, "model": print}, path),
                         "is no checkpoint of this project, or damaged"),
+    "that is compressed, to any size": (deflated, "is no checkpoint of this project, or damaged"),
+    "of a width that would take all memory": (with_setting(width=20000), "its settings and its weights do not fit"),
+    "of a seed that leads out of the folder": (with_setting(seed="0/../../x"), "its settings and its weights do not"),
+    "of an unknown architecture": (with_setting(arch="?"), "its settings and its weights do not fit"),
     "of an unfinished run": (resaved(lambda state: state.pop("record") and None), "is of an unfinished run (epoch 2)"),
     "of another data set": (resaved(lambda state: state["record"].update(data="0" * 64)), "the checkpoint was trained"),
 }

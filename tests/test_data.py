@@ -249,8 +249,8 @@ BAD_ARCHIVES = {
     "corrupted.tar.gz": ({**FILES, "mini_facade/train/a.png": b"masc"}, None, "tree digest"),
     "more.tar.gz": ({**FILES, "mini_facade/train/b.png": b"mask"}, None, "tree digest"),
     "escape.tar.gz": ({**FILES, "../escaped": b"!"}, None, "outside the destination"),
-    "absolute.tar.gz": (FILES, ("mini_facade/link", "/etc"), "absolute"),
-    "link.tar.gz": (FILES, ("mini_facade/link", "../../escaped"), "outside the destination"),
+    "absolute.tar.gz": (FILES, ("mini_facade/link", "/etc"), "is a link, a device, or too much"),
+    "link.tar.gz": (FILES, ("mini_facade/link", "../../escaped"), "is a link, a device, or too much"),
     "empty.tar.gz": ({}, None, "0 files"),
 }
 
@@ -277,9 +277,42 @@ def test_not_an_archive_a_missing_one_and_no_server(server, tmp_path):
 def test_an_archive_that_unpacks_too_large_is_refused(server, tmp_path, monkeypatch):
     folder, url = server
     archive(folder / "bomb.tar.gz", {"mini_facade/train/a.jpg": bytes(1 << 20)})
-    monkeypatch.setattr(data, "FACADE_ARCHIVE_LIMIT", 1 << 19)
-    with pytest.raises(BadInput, match="unpacks to more than"):
+    monkeypatch.setattr(data, "ARCHIVE_LIMIT", 1 << 19)
+    with pytest.raises(BadInput, match="is a link, a device, or too much"):
         data.fetch_facades(tmp_path / "root", f"{url}/bomb.tar.gz", DIGEST)
+
+
+@pytest.mark.parametrize("kind, size", [(tarfile.DIRTYPE, -(1 << 50)), (tarfile.REGTYPE, -512), (tarfile.FIFOTYPE, 0),
+                                        (tarfile.LNKTYPE, 0)])
+def test_an_archive_with_odd_members_is_refused_at_once(server, tmp_path, kind, size):
+    folder, url = server
+    info = tarfile.TarInfo("mini_facade/odd")
+    info.type, info.size, info.linkname = kind, size, "mini_facade/train/a.jpg"
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    (folder / "odd.tar").write_bytes(bytes(header) + bytes(10240))
+    with pytest.raises(BadInput, match="is a link, a device, or too much"):
+        data.fetch_facades(tmp_path / "root", f"{url}/odd.tar", DIGEST)
+    assert not list((tmp_path / "root").iterdir())
+
+
+def test_more_members_than_a_set_has_are_refused(server, tmp_path):
+    folder, url = server
+    with tarfile.open(folder / "many.tar", "w") as tar:
+        for i in range(10_001):
+            tar.addfile(tarfile.TarInfo(f"mini_facade/{i}"))
+    with pytest.raises(BadInput, match="is a link, a device, or too much"):
+        data.fetch_facades(tmp_path / "root", f"{url}/many.tar", DIGEST)
+
+
+def test_only_the_checked_files_are_read(fashion_root, tmp_path):
+    """torchvision would take processed/*.pt, which no digest covers."""
+    folder = tmp_path / "FashionMNIST"
+    (folder / "processed").mkdir(parents=True)
+    (folder / "raw").symlink_to((fashion_root / "FashionMNIST" / "raw").resolve())
+    for part in ("training.pt", "test.pt"):
+        torch.save((torch.full((100, 28, 28), 7, dtype=torch.uint8), torch.zeros(100)), folder / "processed" / part)
+    train, test = data.load_idx(tmp_path, "FashionMNIST")
+    assert len(train) == 60000 and len(test) == 10000 and train.images.double().mean() == pytest.approx(72.94, abs=0.01)
 
 
 # ---- composites ----

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -149,6 +151,37 @@ def test_seeds_and_repeats(tiny_root, tmp_path):
     assert result(tmp_path / "a") == result(tmp_path / "b")
     other = json.loads((tmp_path / "c/seed1.json").read_text())
     assert other["weights_sha256"] != result(tmp_path / "a")["weights_sha256"]
+
+
+def test_a_clock_that_jumps_changes_nothing(tiny_root, tmp_path, monkeypatch):
+    assert run_seg(tiny_root, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 4)
+        assert run_seg(tiny_root, tmp_path / "stopped") == 143
+    for name, when in (("seed0.pt", 0), ("seed0.prev.pt", 2**32)):  # the newer one now seems the older by far
+        os.utime(tmp_path / "stopped" / name, (when, when))
+    years = itertools.cycle((0, 2e9, 1e9))
+    monkeypatch.setattr(time, "time", lambda: next(years))
+    assert run_seg(tiny_root, tmp_path / "stopped") == 0
+    assert result(tmp_path / "stopped") == result(tmp_path / "whole")
+    assert 0 < json.loads((tmp_path / "stopped/seed0.json").read_text())["train_seconds"] < 600
+
+
+def test_deterministic_algorithms_give_the_same_bits_on_the_cpu(tiny_root, tmp_path):
+    assert run_seg(tiny_root, tmp_path / "free") == 0 and not torch.are_deterministic_algorithms_enabled()
+    assert run_seg(tiny_root, tmp_path / "fixed", "--deterministic") == 0
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    assert result(tmp_path / "fixed")["weights_sha256"] == result(tmp_path / "free")["weights_sha256"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("flags", [[], ["--arch", "unet"], ["--loss", "dice"]])
+def test_deterministic_runs_have_the_same_bits_on_cuda(tiny_root, tmp_path, flags):
+    for name in ("a", "b"):  # of two flags of one name the last counts
+        assert run_seg(tiny_root, tmp_path / name, *flags, "--device", "cuda", "--deterministic") == 0
+    torch.use_deterministic_algorithms(False)
+    assert result(tmp_path / "a") == result(tmp_path / "b")
 
 
 # ---- refusals: the file, the difference, the remedy, exit code 2 ----

@@ -281,8 +281,12 @@ def test_predict_refusals(seg, tmp_path, pictures):
     (tmp_path / "text.png").write_text("no image")
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), tmp_path / "other.onnx")
     model = seg / "seed0/model.onnx"
+    odd = onnx.load(model)
+    next(entry for entry in odd.metadata_props if entry.key == "stride").value = "0"
+    onnx.save(odd, tmp_path / "odd.onnx")
     for argv, message in (((), "required: --model, images"), (("--model", "nothing.onnx", "x"), "nothing.onnx is no"),
                           (("--model", tmp_path / "other.onnx", "x"), "other.onnx is no model that export.py made"),
+                          (("--model", tmp_path / "odd.onnx", "x"), "odd.onnx is no model that export.py made"),
                           (("--model", model, tmp_path / "text.png"), "text.png cannot be read as an image"),
                           (("--model", model, "nothing.png"), "nothing.png cannot be read as an image"),
                           (("--model", model, "a/x.png", "b/x.jpg"), "would both write predictions/x.png")):
@@ -342,7 +346,10 @@ def test_cpp_refusals(seg, runner, tmp_path, pictures):
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(pictures[1].read_bytes()[:-100])
     model = seg / "seed0/model.ts.pt"
+    odd = torch.jit.script(torch.nn.Identity())  # its two values of mean would overrun the pixels' memory
+    odd.save(tmp_path / "odd.ts.pt", _extra_files={"classes": "a,b", "palette": "", "stride": "16", "mean": "0,0"})
     for argv, message in (((), "usage: runner MODEL"), ((model, tmp_path / "text.png"), "is no PNG, JPEG or PPM"),
+                          ((tmp_path / "odd.ts.pt", pictures[0]), "has a damaged description"),
                           ((model, cut), "cut.jpg: Premature end of JPEG file"),
                           ((model, "nothing.png"), "nothing.png: cannot be opened"),
                           (("nothing.ts.pt", pictures[0]), "nothing.ts.pt"),

@@ -61,6 +61,13 @@ def test_a_row_of_ones_own_comes_last(tmp_path):
     assert list(rows)[-1] == "a-mine" and rows["a-mine"][:2] == ["+0.00", ""]
 
 
+def test_a_name_cannot_break_out_of_the_table(tmp_path):
+    write_record(tmp_path, "maxpool-2-32", 0, 0.9)
+    write_record(tmp_path, "x| <img src=y>\n`<b>", 0, 0.9)
+    assert "x? ?img src=y????b?" in "".join(table(tmp_path))
+    assert "<" not in (tmp_path / "small/table1.md").read_text()
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(protocol="report"), "stride-2-32/seed0.json is of protocol report, this is the small table"),
     (dict(epochs=3), "stride-2-32/seed0.json has epochs 3, but .*maxpool-2-32/seed0.json has 2"),
@@ -167,6 +174,11 @@ def test_a_stranger_adds_a_row_by_one_line(make, tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "results/smoke/table2/narrow/seed0.json").read_text())
     assert record["config"]["width"] == 4 and record["config"]["loss"] == "dice"
+
+
+def test_no_launcher_comes_from_the_environment(make, monkeypatch):
+    monkeypatch.setenv("RUN", "1")  # as a CI system may have it
+    assert "\n1 " not in "\n" + make("-n", "table2/ce").stdout
 
 
 def test_a_failing_row_stops_make_with_the_scripts_own_line(make, tiny_root):
