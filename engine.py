@@ -231,12 +231,17 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join_group(device: torch.device) -> torch.device:
-    """Under torchrun join its processes, of which the first alone speaks and writes; returns this one's device."""
+def join_group(name: str) -> torch.device:
+    """The device of this process, see `pick_device`; under torchrun it has joined the others.
+
+    The first process alone speaks and writes.
+    """
     if not dist.is_torchelastic_launched():
-        return device
+        return pick_device(name)
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(name)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -248,9 +253,9 @@ def join_group(device: torch.device) -> torch.device:
 def leave_group() -> None:
     """After training: the first process goes on alone, the others are done."""
     if dist.is_initialized():
-        last = rank() > 0
+        done = rank() > 0
         dist.destroy_process_group()
-        if last:
+        if done:
             sys.exit(0)
 
 
@@ -460,7 +465,7 @@ class Run:
     """
 
     def __init__(self, cfg: Settings, dataset: Dataset, start: dict[str, Tensor] | None = None):
-        self.device = join_group(pick_device(cfg.device))
+        self.device = join_group(cfg.device)
         if cfg.dry_run:
             self.scratch = tempfile.TemporaryDirectory()
             cfg = dataclasses.replace(cfg, epochs=1, out=self.scratch.name)

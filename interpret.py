@@ -163,8 +163,8 @@ def sweep_shifts(bench: Bench, count: int) -> dict[str, Tensor]:
     """
     start = bench.grids(count, cell=0).split
     side = start.images.shape[-1] // 2 + 1
-    predictions = torch.stack([torch.stack([bench.predict(dataclasses.replace(
-        start, images=start.images.roll((down, right), (2, 3)))) for right in range(side)]) for down in range(side)])
+    predictions = torch.stack([torch.stack([bench.predict(bench.grids(count, cell=0, shift=(down, right)).split)
+                                            for right in range(side)]) for down in range(side)])
     right = (predictions == start.targets).double()
     whole = right[::side - 1, ::side - 1]
     return {"sweep_accuracy": right.mean(2).float(),
