@@ -83,12 +83,13 @@ endif
 # the rows that are exported, and the one that is timed at the study's full image size
 EXPORTED := table2/standard table1/maxpool-2-32
 
-.PHONY: help env data demo test faults bench table1 table2 claims figures interpret export bench-inference
+.PHONY: help env data demo test faults fuzz bench table1 table2 claims figures interpret export bench-inference
 .DELETE_ON_ERROR:
 help:
 	@echo "make demo           environment, data, a short training of both base models, figures in $(DEMO)/"
 	@echo "make test           environment, all tests"
 	@echo "make faults         runs that are killed again and again must end with the same bits"
+	@echo "make fuzz           mutated IDX files and archives, guided by coverage (SECONDS= each; needs pip install atheris)"
 	@echo "make bench          speed of the training step and of average precision, as ratios"
 	@echo "make export         both base models as TorchScript, ONNX, int8 ONNX and AOTInductor, proven equal (PROTOCOL=)"
 	@echo "make bench-inference  speed and memory of all these forms, side by side (PROTOCOL=)"
@@ -121,6 +122,11 @@ bench: $(ENV)
 
 faults: $(ENV)
 	PYTHONPATH=. $(PY) tests/faults.py --rounds 44
+
+SECONDS ?= 60
+fuzz: $(ENV)
+	PYTHONPATH=. $(PY) tests/fuzz.py idx --seconds $(SECONDS)
+	PYTHONPATH=. $(PY) tests/fuzz.py archive --seconds $(SECONDS)
 
 # ---- the study ----
 

@@ -380,8 +380,11 @@ def read_checkpoint(path: Path) -> dict:
     """A checkpoint of this project, unpickled without running code. BadInput if it is anything else."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise zipfile.BadZipFile("compressed")  # a small file could unpack to any size; torch.save never does
+            for entry in archive.infolist():
+                # torch.save never compresses, and a small file could unpack to any size; a file with the attribute
+                # of a folder is empty to torch.load: its tensor would be whatever lay in memory
+                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & 16:
+                    raise zipfile.BadZipFile("compressed, or a folder")
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile("checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -397,6 +400,8 @@ def read_record(path: Path) -> dict:
     """A run record. BadInput if the file is anything else."""
     try:
         record = json.loads(path.read_text())
+        if not isinstance(record["config"], dict) or not isinstance(record["metrics"], dict):
+            raise TypeError("config and metrics must be objects")
         return {name: record[name] for name in ("config", "data", "metrics", *record)}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); delete it") from error

@@ -123,6 +123,8 @@ def draw_curves(rows: dict) -> Figure:
     base = next(iter(rows.values()))
     for ax in axes.flat[len(rows):]:
         ax.set_visible(False)
+    for ax in axes.flat[max(0, len(rows) - columns):len(rows)]:
+        ax.tick_params(labelbottom=True)  # the lowest panel of its column, though not always in the last line
     for ax, (row, seeds) in zip(axes.flat, rows.items()):
         for runs, style in ((base, {"color": "0.7", "lw": 2.5}), (seeds, {"color": "#0072B2", "marker": "."})):
             for record in runs.values():

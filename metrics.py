@@ -254,16 +254,17 @@ def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
         for path in sorted(folder.glob(f"{row}/seed*.json")):
             try:
                 record = json.loads(path.read_text())
-                rows.setdefault(row, {})[record["config"]["seed"]] = {**record, "path": str(path)}
-            except (ValueError, KeyError, TypeError) as error:
+                seeds = rows.setdefault(row, {})
+                seeds[record["config"]["seed"]] = {**record, "data": record["data"], "path": str(path)}
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path} is no run record, or damaged ({type(error).__name__}); delete it") from error
     records = [record for seeds in rows.values() for record in seeds.values()]
     for seeds in rows.values():
         first = next(iter(seeds.values()))
         for record in seeds.values():
             config, path = record["config"], record["path"]
-            if config["protocol"] != protocol:
-                raise ValueError(f"{path} is of protocol {config['protocol']}, this is the {protocol} table")
+            if config.get("protocol") != protocol:
+                raise ValueError(f"{path} is of protocol {config.get('protocol')}, this is the {protocol} table")
             for key in shared:
                 if config.get(key) != records[0]["config"].get(key):
                     raise ValueError(f"{path} has {key} {config.get(key)}, but {records[0]['path']} has "
@@ -364,9 +365,15 @@ def npz(record: dict) -> Path:
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays per image or photo that lie beside a record."""
     try:
+        # np.load checks no sum where a damaged header asks for too little, nor what a damaged comment hides
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None or any(entry.comment + entry.extra for entry in archive.infolist()):
+                raise zipfile.BadZipFile("checksum")
         with np.load(path) as arrays:
             return dict(arrays)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # NumPy, zipfile and zlib each raise their own for a damaged file
         raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it and its record, then run it again"
                          ) from error
 

@@ -1,0 +1,501 @@
+"""Random and mutated input for every reader: it gives exactly what was written, or says in one error what is wrong."""
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import io
+import json
+import lzma
+import math
+import os
+import resource
+import runpy
+import signal
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+from sklearn.metrics import average_precision_score, confusion_matrix, jaccard_score
+
+import data
+import engine
+import metrics
+import train_cls
+import train_seg
+from data import BadInput
+
+scratch = functools.partial(tempfile.TemporaryDirectory, dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+# the same examples in every run; they are small, and to shrink one takes minutes
+bounded = settings(max_examples=150, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+
+
+def outcome(named, read, *args):
+    """What a reader returns, or the BadInput or OSError that it raises, which names its input. It may not hang."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))  # no Exception, so that no reader catches it
+    signal.setitimer(signal.ITIMER_REAL, 5, 1)
+    try:
+        return read(*args)
+    except (BadInput, OSError) as error:
+        assert str(named) in str(error), error
+        return error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@st.composite
+def mutated(draw, content):
+    """The content after up to two edits: mostly a flipped bit, else bytes inserted, cut out, or all that follows."""
+    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))):
+        at = draw(st.integers(0, len(content)))
+        if draw(st.sampled_from([True, True, False])):
+            content = changed(content, at, *(byte ^ 1 << draw(st.integers(0, 7)) for byte in content[at:at + 1]))
+        else:
+            cut = draw(st.sampled_from([0, 1, 4, len(content)]))
+            content = content[:at] + draw(st.binary(max_size=4)) + content[at + cut:]
+    return content
+
+
+def changed(content, at, *values):
+    return content[:at] + bytes(values) + content[at + len(values):]
+
+
+# ---- IDX files ----
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+pixels = st.integers(0, 255)
+idx_arrays = st.tuples(*(hnp.arrays(np.uint8, shape, elements=pixels) for shape in [
+    st.tuples(*[st.integers(1, 5)] * 3), st.tuples(st.integers(1, 5))] * 2)).map(lambda arrays: dict(
+        zip(data.IDX_FILES, arrays)))
+
+
+@contextlib.contextmanager
+def pinned(files, *sources):
+    """An empty data root, with these files as Fashion-MNIST and these sources to fetch it from."""
+    with scratch() as root, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.IDX_DIGESTS, "FashionMNIST", data.tree_digest(list(files.items())))
+        for name, source in zip(("from_torchvision", "from_package"), (*sources, unreachable, unreachable)):
+            patch.setattr(data, name, source)
+        yield Path(root)
+
+
+def unreachable(name, folder):
+    raise RuntimeError("no network")
+
+
+def put(raw, files):
+    raw.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (raw / name).write_bytes(content)
+    return raw
+
+
+def check_idx(found, arrays, files):
+    """Splits that hold exactly these arrays, or an error where the files are not theirs."""
+    exact = files == {name: idx(array) for name, array in arrays.items()}
+    assert isinstance(found, tuple) == exact, found
+    for split, (images, labels) in zip(found if exact else (), (data.IDX_FILES[:2], data.IDX_FILES[2:])):
+        assert np.array_equal(split.images[:, 0], arrays[images]) and split.images.dtype == torch.uint8
+        assert np.array_equal(split.targets, arrays[labels]) and split.targets.dtype == torch.uint8
+
+
+@bounded
+@given(idx_arrays, st.data())
+def test_idx_files_are_read_exactly_or_refused(arrays, draws):
+    files = {name: idx(array) for name, array in arrays.items()}
+    damaged = draws.draw(st.sampled_from(data.IDX_FILES))
+    other = draws.draw(st.sampled_from(data.IDX_FILES))
+    content = draws.draw(st.one_of(mutated(files[damaged]), st.binary(), st.just(files[other]), st.none()))
+    lying = {name: content if name == damaged else files[name] for name in files}
+    lying = {name: content for name, content in lying.items() if content is not None}
+    with pinned(files) as root:
+        put(root / "FashionMNIST/raw", lying)
+        check_idx(outcome(root, data.load_idx, root, "FashionMNIST"), arrays, lying)
+
+
+def test_nothing_but_the_checked_idx_files_is_read():
+    arrays = {name: np.zeros((3, 2, 2)[:3 if "images" in name else 1], np.uint8) for name in data.IDX_FILES}
+    files = {name: idx(array) for name, array in arrays.items()}
+    with pinned(files) as root:
+        put(root / "FashionMNIST/raw", files)
+        (root / "FashionMNIST/processed").mkdir()  # of an old torchvision
+        for name in ("training.pt", "test.pt"):
+            torch.save((torch.ones(1, 2, 2), torch.ones(1)), root / "FashionMNIST/processed" / name)
+        check_idx(data.load_idx(root, "FashionMNIST"), arrays, files)
+
+
+@bounded
+@given(idx_arrays, st.data())
+def test_a_fetched_package_is_taken_exactly_or_leaves_nothing(arrays, draws):
+    files = {name: idx(array) for name, array in arrays.items()}
+    damaged = draws.draw(st.sampled_from(data.IDX_FILES))
+    packed = {name: gzip.compress(content, mtime=0) for name, content in files.items()}
+    packed[damaged] = draws.draw(st.one_of(mutated(packed[damaged]), st.binary()))
+
+    def run(command, cwd, **kwargs):
+        put(cwd / "usr/share/datasets/fashion-mnist", {f"{name}.gz": content for name, content in packed.items()})
+        (cwd / "x.deb").touch()
+
+    with pinned(files, unreachable, data.from_package) as root, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.subprocess, "run", run)
+        found = outcome(root, data.load_idx, root, "FashionMNIST")
+        if isinstance(found, tuple):
+            check_idx(found, arrays, files)
+        else:
+            assert not list(root.iterdir()) and packed[damaged] != gzip.compress(files[damaged], mtime=0)
+
+
+# ---- facades ----
+
+def saved(array, kind, palette=False, **how):
+    buffer = io.BytesIO()
+    image = Image.fromarray(array)
+    if palette:
+        image.putpalette([value for colour in data.FACADE_PALETTE for value in colour])
+    image.save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+masks = hnp.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20)), elements=st.integers(0, 4))
+
+
+@bounded
+@given(masks, st.sampled_from(["PNG", "JPEG"]), st.integers(0, 9), st.data())
+def test_a_damaged_pair_is_read_exactly_or_refused(mask, kind, level, draws):
+    image = np.stack([mask * 50, 255 - mask, mask], 2)
+    contents = saved(image, kind), saved(mask, "PNG", compress_level=level)
+    found = outcome("pair.", data.read_pair, Path("pair.jpg"), draws.draw(mutated(contents[0])),
+                    Path("pair.png"), draws.draw(mutated(contents[1])))
+    if not isinstance(found, Exception):
+        assert found[0].shape == image.shape and found[0].dtype == np.uint8
+        assert kind == "JPEG" or np.array_equal(found[0], image)  # a JPEG has no checksums
+        assert np.array_equal(found[1], mask)
+
+
+def pictures(*forms):
+    """Strategy for the arguments of `picture`: forms that Pillow can write, and the highest value in it."""
+    return st.tuples(st.sampled_from(forms), st.sampled_from([0, 1, 4, 5, 255, 1000]))
+
+
+def picture(shape, form, top):
+    kind, dtype, channels = form
+    return np.resize(np.arange(top + 1)[::-1], shape if channels == 1 else (*shape, channels)).astype(dtype)
+
+
+EXACT = ("PNG", np.uint8, 1)
+DEEP = [("PNG", np.uint16, 1), ("TIFF", np.uint16, 1), ("TIFF", np.int32, 1), ("TIFF", np.float32, 1)]
+FORMS = [*((kind, np.uint8, channels) for kind in ("PNG", "TIFF") for channels in (1, 2, 3, 4)),
+         ("GIF", np.uint8, 1), ("PNG", bool, 1)]
+sides = st.sampled_from([(3, 4), (3, 4), (3, 4), (4, 3), (1, 1)])
+
+
+@bounded
+@given(sides, pictures(*FORMS, *DEEP), sides, pictures(*[EXACT] * 8, *FORMS, *DEEP), st.booleans())
+def test_images_of_any_mode_are_read_exactly_or_refused(shape, form, mask_shape, mask_form, palette):
+    image, mask = picture(shape, *form), picture(mask_shape, *mask_form)
+    contents = saved(image, form[0][0]), saved(mask, mask_form[0][0], palette and mask_form[0] == EXACT)
+    found = outcome("pair.", data.read_pair, Path("pair.jpg"), contents[0], Path("pair.png"), contents[1])
+    fits = form[0] not in DEEP and mask_form[0] == EXACT and mask.max() < 5 and shape == mask_shape
+    assert isinstance(found, tuple) == fits, found
+    if fits:
+        grey = image[..., None] * (255 if image.dtype == bool else 1)
+        colours = grey if image.ndim == 2 else image[..., :1] if image.shape[2] == 2 else image[..., :3]
+        assert np.array_equal(found[0], np.broadcast_to(colours, (*shape, 3))) and np.array_equal(found[1], mask)
+
+
+MASKS = [np.full(shape, value, np.uint8) for shape, value in (((3, 4), 1), ((3, 4), 4), ((4, 3), 0), ((3, 4), 5))]
+stems = st.sampled_from(["a", "b", "é", ".c", "d.jpg", "*"])
+kinds = st.sampled_from(["both", "both", "both", "jpg", "png", "folder"])
+
+
+@bounded
+@given(st.dictionaries(stems, st.tuples(st.sampled_from(MASKS), kinds), max_size=3))
+def test_a_folder_is_read_exactly_or_refused(pairs):
+    with scratch() as folder:
+        folder = Path(folder)
+        for name, (mask, which) in pairs.items():
+            if which == "folder":
+                (folder / f"{name}.jpg").mkdir()
+            for suffix in (("jpg", "png") if which == "both" else (which,) if which != "folder" else ()):
+                (folder / f"{name}.{suffix}").write_bytes(saved(mask, suffix.replace("jpg", "jpeg")))
+        found = outcome(folder, data.read_folder, folder)
+    good = [mask for _, (mask, which) in sorted(pairs.items()) if which == "both" and mask.max() < 5]
+    fits = pairs and len(good) == len(pairs) and len({mask.shape for mask in good}) == 1
+    assert isinstance(found, tuple) == bool(fits), found
+    if fits:
+        assert np.array_equal(found[1], np.stack(good)) and found[0].shape == (len(good), 3, *good[0].shape)
+        assert [path for path, _ in found[2]] == [f"{folder.name}/{name}.{suffix}" for name in sorted(pairs)
+                                                  for suffix in ("jpg", "png")]
+
+
+# ---- the facade archive ----
+
+FILES = {"mini_facade/train/a.jpg": b"image" * 300, "mini_facade/train/a.png": b"mask"}
+# more than the unpackers read at once, so that damage shows in the middle of a member
+LARGE = {**FILES, "mini_facade/train/a.jpg": np.random.default_rng(0).bytes(30_000)}
+
+
+def member(name, kind=tarfile.REGTYPE, link="", size=None, body=b""):
+    """One member's blocks, which may announce another size than they have."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(body) if size is None else size
+    return info.tobuf(tarfile.GNU_FORMAT) + body + bytes(-len(body) % 512)
+
+
+def tar(members):
+    return b"".join(member(**one) for one in members) + bytes(1024)
+
+
+def members(files, parent="mini_facade"):
+    return [{"name": name.replace("mini_facade", parent), "body": content} for name, content in files.items()]
+
+
+def check_archive(content, files=FILES):
+    """Unpacked to exactly these files, or refused without a trace; nothing else is written. True if unpacked.
+
+    The content may be a function of the folder whose subfolder root is the data root.
+    """
+    digest = data.tree_digest([(name.removeprefix("mini_facade/"), content) for name, content in files.items()])
+    with scratch() as folder:
+        folder = Path(folder)
+        (folder / "archive").write_bytes(content(folder) if callable(content) else content)
+        found = outcome(url := f"file://{folder}/archive", data.fetch_facades, folder / "root", url, digest)
+        assert sorted(path.name for path in folder.iterdir()) == ["archive", "root"]
+        left = [path for path in (folder / "root").rglob("*") if path.is_symlink() or not path.is_dir()]
+        if found is None:
+            assert not any(path.is_symlink() for path in (folder / "root").rglob("*"))
+            assert {str(path.relative_to(folder / "root")): path.read_bytes() for path in left} == files
+        else:
+            assert not list((folder / "root").iterdir())
+        return found is None
+
+
+NAMES = [*FILES, "mini_facade", "./mini_facade/train/../train/a.png", "/mini_facade/train/b.png", "../escaped",
+         "../../escaped", "FOLDER/escaped", "mini_facade/../../../escaped", "..\\escaped", "archive", ".", "..", "",
+         "link/escaped", "mini_facade/é\n", "mini_facade/\udcff", "mini_facade/" + "a/" * 300 + "b",
+         "mini_facade/" + "a" * 300]
+names = st.sampled_from(NAMES)
+odd_members = st.lists(st.fixed_dictionaries({
+    "name": st.one_of(names, names, st.text(max_size=8), st.text(max_size=8).map("mini_facade/{}".format)),
+    "kind": st.sampled_from([tarfile.REGTYPE] * 8 + [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE,
+                             tarfile.FIFOTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE]),
+    "link": st.sampled_from(["", ".", "..", "../..", "FOLDER", "/etc/passwd", "link", *FILES]),
+    "size": st.sampled_from([None] * 8 + [-512, -1536, -1, 1 << 31, 1 << 62, 1 << 70]),
+    "body": st.sampled_from([b"", b"!", *FILES.values()])}), max_size=2)
+
+
+LINK, HARD = tarfile.SYMTYPE, tarfile.LNKTYPE
+
+
+@bounded
+@given(odd_members, st.sampled_from(["mini_facade", "real"]), odd_members)
+@example([], "mini_facade", [])
+@example([], "mini_facade", [{"name": "../escaped"}])
+@example([], "mini_facade", [{"name": "../../escaped"}])
+@example([], "mini_facade", [{"name": "FOLDER/escaped"}])
+@example([], "mini_facade", [{"name": "z", "size": -512}])  # sends tarfile in circles
+@example([], "mini_facade", [{"name": "z", "size": -512, "kind": tarfile.GNUTYPE_SPARSE}])
+@example([], "mini_facade", [{"name": "z", "size": 1 << 70, "kind": tarfile.GNUTYPE_LONGNAME}])
+@example([], "mini_facade", [{"name": "mini_facade/z", "kind": HARD, "link": "nowhere"}])
+@example([], "mini_facade", [{"name": "mini_facade/z", "kind": LINK, "link": "."}])
+@example([], "mini_facade", [{"name": "mini_facade/\udcff"}])
+@example([], "real", [{"name": "mini_facade", "kind": LINK, "link": "real"}])
+def test_an_archive_of_odd_members_writes_nothing_but_the_set(before, parent, after):
+    packed = [*before, *members(FILES, parent), *after]
+    put = lambda value, folder: value.replace("FOLDER", str(folder)) if isinstance(value, str) else value
+    unpacked = check_archive(lambda folder: tar([{key: put(value, folder) for key, value in one.items()}
+                                                 for one in packed]))
+    assert unpacked or before or after or parent == "real"
+
+
+def test_an_archive_that_is_deeper_than_files_may_be_open_leaves_nothing():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        assert not check_archive(tar([*members(FILES), {"name": "mini_facade/" + "a/" * 200 + "b"}]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@bounded
+@given(st.sampled_from([bytes, gzip.compress, lzma.compress]), st.data())
+def test_a_damaged_archive_is_unpacked_exactly_or_refused(pack, draws):
+    content = pack(tar(members(LARGE)))
+    check_archive(draws.draw(st.one_of(mutated(content), mutated(content), st.binary())), LARGE)
+
+
+@bounded
+@given(st.sampled_from(["http://127.0.0.1:9/", "http://127.0.0.1:9", "http://", "file:///", "file:///no/such/", "data:",
+                        "data:,", ""]), st.text(max_size=8))
+@example("http://127.0.0.1:9/", "a b")
+@example("http://127.0.0.1:", "port/")
+def test_a_url_that_leads_nowhere_is_refused(start, rest):
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("socket.getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+        assert isinstance(outcome(start + rest, data.fetch_facades, Path(folder), start + rest), Exception)
+        assert not list(Path(folder).iterdir())
+
+
+def test_data_py_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data-root", str(tmp_path), "--facades-url", "data:,x"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(data.__file__, run_name="__main__")
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+# ---- checkpoints and records ----
+
+RECORD = {"config": {"seed": 0, "protocol": "smoke", "lr": 0.001}, "data": "0" * 8, "metrics": {"test": {"map": 0.5}}}
+STATE = {"identity": {"config": RECORD["config"], "data": "0" * 8}, "epoch": 2, "curve": [0.5, 0.25], "record": RECORD,
+         "model": {"w": torch.arange(600.0).view(3, 200), "n": torch.tensor(7)}}
+
+
+def saved_state():
+    buffer = io.BytesIO()
+    torch.save(STATE, buffer)
+    return buffer.getvalue()
+
+
+def plain(value):
+    """Nested dicts, their tensors and arrays as lists."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return (value.dtype, value.tolist()) if isinstance(value, (torch.Tensor, np.ndarray)) else value
+
+
+@bounded
+@given(mutated(saved_state()))
+@example(changed(saved_state(), saved_state().rindex(b"archive/data/0") - 8, 16))  # this file is a folder
+def test_a_damaged_checkpoint_is_read_exactly_or_refused(content):
+    with scratch() as folder:
+        path = Path(folder, "seed0.pt")
+        path.write_bytes(content)
+        found = outcome(path, engine.read_checkpoint, path)
+        assert isinstance(found, BadInput) or plain(found) == plain(STATE)
+        assert isinstance(found, dict) or content != saved_state()
+
+
+words = st.text(max_size=4)
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | words,
+                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+                      max_leaves=8)
+records = st.fixed_dictionaries({}, optional={key: values | st.just(RECORD[key]) for key in RECORD}) | values
+
+
+@bounded
+@given(st.one_of(records.map(lambda record: json.dumps(record).encode()), mutated(json.dumps(RECORD).encode()),
+                 st.binary()))
+@example(b"[" * 100_000)
+@example(json.dumps({**RECORD, "config": []}).encode())
+@example(json.dumps({**RECORD, "config": {"seed": 0}}).encode())
+@example(json.dumps(RECORD).encode())
+def test_a_record_is_read_exactly_or_refused(content):
+    with scratch() as folder:
+        path = Path(folder, "table1/row/seed0.json")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        found = outcome(path, engine.read_record, path)
+        if isinstance(found, dict):
+            assert repr(found) == repr({**found, **json.loads(content)}) and found.keys() >= RECORD.keys()
+            assert isinstance(found["config"], dict) and isinstance(found["metrics"], dict)
+        assert isinstance(found, dict) or content != json.dumps(RECORD).encode()
+        try:
+            (row,) = metrics.load_records(path.parents[1], "smoke").values()
+            assert [one["config"]["protocol"] for one in row.values()] == ["smoke"]
+        except ValueError as error:  # of which BadInput is one
+            assert str(path) in str(error) and content != json.dumps(RECORD).encode()
+
+
+ARRAYS = {"prediction": np.arange(40, dtype=np.uint8) % 7, "target": np.arange(40, dtype=np.uint8) % 5}
+
+
+def saved_arrays():
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **ARRAYS)
+    return buffer.getvalue()
+
+
+@bounded
+@given(mutated(saved_arrays()))
+@example(changed(saved_arrays(), saved_arrays().rindex(b"prediction.npy") - 13, 1))  # the next file is a comment
+def test_damaged_arrays_are_read_exactly_or_refused(content):
+    with scratch() as folder:
+        path = Path(folder, "seed0.npz")
+        path.write_bytes(content)
+        try:
+            found = metrics.load_arrays(path)
+        except ValueError as error:
+            assert str(path) in str(error) and content != saved_arrays()
+        else:
+            assert plain(found) == plain(ARRAYS)
+
+
+# ---- flags ----
+
+SCRIPTS = {train_cls: train_cls.PROTOCOLS, train_seg: train_seg.PROTOCOLS}
+ODD = ["", "0", "-1", "1", "16", "0.5", "1e400", "1e-400", "nan", "-inf", "0x10", "1_000", "٣", " 1 ", "9" * 5000,
+       "two", "--", "-", "=", "\0", "a\nb", "%s", "none", "dev", "small", "gelu", "unet"]
+FLAGS = sorted({f"--{no}{field.name.replace('_', '-')}" for script in SCRIPTS
+                for field in dataclasses.fields(script.Config) for no in ("", "no-")})
+odd = st.sampled_from(ODD)
+flag = st.sampled_from(FLAGS)
+parts = st.one_of(st.tuples(flag, odd), st.tuples(flag), st.tuples(odd), st.just(("-h",)),
+                  st.tuples(st.builds("{}={}".format, flag, odd)))
+argvs = st.lists(parts, max_size=4).map(lambda parts: [arg for part in parts for arg in part])
+
+
+def flags_of(cfg):
+    """The flags that give this config."""
+    for name, value in dataclasses.asdict(cfg).items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{name}" if value else f"--no-{name}"
+        elif value is not None:
+            yield f"--{name}={value}"
+
+
+@bounded
+@given(st.sampled_from(list(SCRIPTS)), argvs)
+def test_flags_give_a_config_that_its_own_flags_give_again_or_are_refused(script, argv):
+    parse = lambda argv: engine.parse(script.Config, script.__doc__, argv, SCRIPTS[script])
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            cfg = outcome("", parse, argv)
+        except SystemExit as stop:
+            assert stop.code == 0 and "-h" in argv
+            return
+    assert isinstance(cfg, BadInput) or isinstance(cfg, script.Config) and "-h" not in argv
+    if not isinstance(cfg, BadInput):
+        cfg = dataclasses.replace(cfg, out="elsewhere")
+        assert repr(parse(list(flags_of(cfg)))) == repr(cfg)  # repr, since NaN is not itself
+
+
+# ---- metrics ----
+
+@bounded
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.just(3), st.integers(1, 4), st.integers(1, 4)),
+                  elements=st.sampled_from([0, 0.25, 1, -2, 8])), st.data())
+def test_segmentation_is_scikit_learns_with_ties_and_absent_classes(logits, draws):
+    target = draws.draw(hnp.arrays(np.uint8, (len(logits), *logits.shape[2:]), elements=st.integers(0, 2)))
+    found = metrics.segmentation(torch.from_numpy(logits), torch.from_numpy(target), "abc")
+    flat, prediction = target.ravel(), logits.argmax(1).ravel()
+    present = np.unique(flat)
+    iou = jaccard_score(flat, prediction, labels=present, average=None)
+    ap = [average_precision_score(flat == c, logits[:, c].ravel()) for c in present]
+    assert [found["iou"]["abc"[c]] for c in present] == pytest.approx(iou.tolist(), abs=1e-12)
+    assert [found["ap_logits"]["abc"[c]] for c in present] == pytest.approx(ap, abs=1e-12)
+    assert found["miou"] == pytest.approx(np.mean(iou)) and found["classes_counted"] == len(present)
+    assert all(math.isnan(found["iou"]["abc"[c]]) for c in {0, 1, 2} - set(present))
+    assert metrics.confusion(torch.from_numpy(prediction), torch.from_numpy(flat), 3).tolist() == \
+        confusion_matrix(flat, prediction, labels=range(3)).tolist()
