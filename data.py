@@ -182,7 +182,9 @@ def read_idx(raw: Path, name: str) -> list[Tensor]:
         raise BadInput(f"{raw} is damaged: its files are not those of {name} (sha256)")
     arrays = []
     for content in contents:  # from these bytes: torchvision prefers a processed/ folder, of which no one has a digest
-        shape = np.frombuffer(content, ">i4", content[3], 4)
+        if content[:3] != b"\0\0\x08":
+            raise BadInput(f"{raw} is damaged: it holds an IDX file of another type than bytes")
+        shape = np.frombuffer(content, ">u4", content[3], 4)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
         arrays.append(torch.from_numpy(values.copy()))
     return arrays
@@ -346,7 +348,7 @@ def load_composites(root: Path, split: str = "full", limit: int = 60000, tie: fl
 
 def read_image(path: Path, content: bytes) -> Image.Image:
     try:
-        Image.open(io.BytesIO(content), formats=IMAGE_FORMATS).verify()  # a PNG's checksums, which load does not look at
+        Image.open(io.BytesIO(content), formats=IMAGE_FORMATS).verify()  # a PNG's checksums: load skips them
         image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         if image.width * image.height > IMAGE_LIMIT:
             raise ValueError(f"{image.width}x{image.height} pixels, more than {IMAGE_LIMIT >> 20} million")
