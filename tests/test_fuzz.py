@@ -319,6 +319,16 @@ def test_an_archive_of_odd_members_writes_nothing_but_the_set(before, parent, af
     assert unpacked or before or after or parent == "real"
 
 
+def test_a_size_below_zero_makes_no_room_for_a_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ARCHIVE_LIMIT", 4096)
+    sparse = tarfile.TarInfo("z")
+    sparse.pax_headers = {"GNU.sparse.realsize": "-1000000"}
+    bomb = sparse.tobuf(tarfile.PAX_FORMAT) + tar([{"name": "mini_facade/b", "body": bytes(100_000)}])
+    (tmp_path / "archive").write_bytes(gzip.compress(bomb))
+    with pytest.raises(BadInput, match="too much"):
+        data.fetch_facades(tmp_path / "root", f"file://{tmp_path}/archive")
+
+
 def test_an_archive_that_is_deeper_than_files_may_be_open_leaves_nothing():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
