@@ -273,9 +273,11 @@ def from_first(state: typing.Any) -> typing.Any:
 
 def any_signal(stops: list[int]) -> int:
     """The signal that this process, or any of the group, was sent so far, else 0: all leave at the same step."""
-    number = torch.tensor(stops[0] if stops else 0)
-    if dist.is_initialized():
-        dist.all_reduce(number, dist.ReduceOp.MAX)  # among the CPUs: no step waits for the device
+    own = stops[0] if stops else 0
+    if not dist.is_initialized():
+        return own
+    number = torch.tensor(own)
+    dist.all_reduce(number, dist.ReduceOp.MAX)  # among the CPUs: no step waits for the device
     return int(number)
 
 
@@ -481,7 +483,8 @@ class Run:
         if min(cfg.batch, len(dataset.train)) % ranks():
             raise BadInput(f"--batch {cfg.batch}: {ranks()} processes cannot share {min(cfg.batch, len(dataset.train))}"
                            f" images evenly; choose a multiple of {ranks()}")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic; read when it starts
+        if cfg.deterministic:  # read when cuBLAS starts; without the flag cuBLAS keeps its own workspace
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(cfg.deterministic)
         self.cfg = cfg
         self.dtype = pick_dtype(cfg.precision, self.device)

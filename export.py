@@ -61,6 +61,7 @@ def predict(argv: list[str]) -> None:
         targets[target] = path
     for target, path in targets.items():
         try:
+            # the limits of data.py, which needs torch
             image = Image.open(path, formats=("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP"))
             if image.width * image.height > 1 << 26:
                 raise OSError(f"{image.width}x{image.height} pixels")
