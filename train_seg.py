@@ -10,6 +10,7 @@ The same command goes on where a killed run stopped, and does nothing where it i
 """
 
 import functools
+import math
 import sys
 import typing
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Config(engine.Settings):
             raise BadInput(f"--size {self.size}: must be a multiple of 16, the networks halve four times")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"--dropout {self.dropout}: must be in [0, 1)")
+        if not math.isfinite(self.weight_power):
+            raise BadInput(f"--weight-power {self.weight_power}: must be finite")
         for name in ("hourglasses", "intra_skip", "inter_skip", "norm", "act", "dropout"):
             if self.arch == "unet" and getattr(self, name) != getattr(Config, name):
                 raise BadInput(f"--{name.replace('_', '-')} switches the hourglass; --arch unet takes --width alone")

@@ -176,6 +176,7 @@ FLAGS = {
     "train_cls --lr 0": "--lr 0.0: must be above 0",
     "train_cls --lr nan": "--lr nan: must be above 0",
     "train_cls --weight-decay inf": "--weight-decay inf: must be at least 0",
+    "train_seg --weight-power nan": "--weight-power nan: must be finite",
     "train_cls --warmup 1": "--warmup 1.0: must be in [0, 1)",
     "train_cls --seed -1": "--seed -1: must be in [0, 2^31)",
     "train_cls --seed 4294967296": "must be in [0, 2^31)",
