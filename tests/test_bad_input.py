@@ -1,6 +1,7 @@
 """A corpus of broken input, made by code: each case ends in one line (what, where, what to do) and exit code 2."""
 
 import gzip
+import io
 import json
 import os
 import struct
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_root
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import data
 import engine
@@ -110,6 +111,20 @@ def test_facades(tiny_root, tmp_path, capsys, case):
         damage(tiny_root / "mini_facade" / name)
     said = refused(capsys, "train_seg", "--protocol", "smoke", "--data-root", tiny_root, "--out", tmp_path / "out")
     assert message in said and not (tmp_path / "out").exists()
+
+
+def test_no_image_starts_a_program(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what was found on the path before
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(data.BadInput, match="cannot be read as an image"):
+        data.read_image(Path("photo.jpg"), postscript)
+    assert not (tmp_path / "started").exists()
+    with pytest.raises(OSError):  # Pillow alone would start it
+        Image.open(io.BytesIO(postscript)).load()
+    assert (tmp_path / "started").exists()
 
 
 FOLDERS = {

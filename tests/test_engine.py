@@ -292,6 +292,18 @@ def test_a_read_only_folder_is_said_before_training_starts(tiny_root, tmp_path, 
     assert one_error(capsys).startswith(f"error: {out}: ")
 
 
+def test_links_in_the_run_folder_are_not_followed(tiny_root, tmp_path, capsys):
+    victim, record = tmp_path / "victim", tmp_path / "seed0.json"
+    victim.write_text("precious")
+    (tmp_path / f".seed0.json.{os.getpid()}.tmp").symlink_to(victim)
+    engine.write_atomic(record, b"{}")
+    assert record.read_bytes() == b"{}" and not record.is_symlink() and victim.read_text() == "precious"
+    record.unlink()
+    (tmp_path / ".seed0.lock").symlink_to(tmp_path / "new")
+    assert run_seg(tiny_root, tmp_path) == 2 and ".seed0.lock: " in one_error(capsys)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_file_where_the_folder_should_be(tiny_root, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert run_seg(tiny_root, tmp_path / "out") == 2
