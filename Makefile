@@ -143,7 +143,7 @@ ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_L
 # in seed order, so that one seed of every row exists before the second of any
 records = $(foreach seed,$(SEEDS),$(patsubst %,$(RESULTS)/%/seed$(seed).json,$(1)))
 
-figures: table1 table2 interpret $(RESULTS)/predictions.png
+figures: table1 table2 $(RESULTS)/attention.md $(RESULTS)/attention.png $(RESULTS)/predictions.png
 	$(PY) interpret.py --study $(PROTOCOL) --results $(dir $(RESULTS))
 
 table1 table2 claims: %: $(RESULTS)/%.md
