@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a forked child must not wait for its pare
 import numpy as np
 import torch
 from conftest import make_tiny_root
+from tqdm import tqdm
 
 import data
 import engine
@@ -76,7 +77,7 @@ def campaign(rounds: int, seed: int, root: Path, scratch: Path) -> dict:
     """{"rounds": [...], "kills": {what it hit: how often}, "mismatches": n}: see the module's docstring."""
     random, whole, told = np.random.default_rng(seed), {}, []
     root = str(small_root(root, scratch))
-    for i in range(rounds):
+    for i in tqdm(range(rounds), desc="rounds"):
         script, precision = list(FLAGS)[i % 2], ("fp32", "bf16", "fp16")[i // 2 % 3]
         flags = ["--protocol", "smoke", "--device", "cpu", "--precision", precision, "--data-root", root,
                  *FLAGS[script]]
