@@ -5,7 +5,7 @@
 #   make table2/no-inter-skip            one row
 #   make interpret                       attention and shift invariance: surrogates, measurements, figures
 #
-#   PROTOCOL=  report (default, for a GPU), small (two CPU cores), smoke
+#   PROTOCOL=  report (default, for a GPU), small (two CPU cores: two rows side by side unless -j says otherwise), smoke
 #   SEEDS=     "0 1 2 3 4 5" (report), "0 1 2" (small), 0 (smoke)
 #   DEVICE=    auto, cpu, cuda, cuda:1
 #   RUN=       a launcher before every row's command, e.g. RUN="srun --gpus=1"
@@ -137,6 +137,11 @@ SEEDS_small := 0 1 2
 SEEDS_smoke := 0
 DEVICE ?= auto
 RUN :=
+ifeq ($(PROTOCOL),small)
+# where there is no GPU one row leaves cores idle: two side by side, each on half of them
+MAKEFLAGS += -j2
+RUN := env OMP_NUM_THREADS=$(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
+endif
 RESULTS := results/$(PROTOCOL)
 ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))
 
@@ -226,7 +231,8 @@ export: $(TRAINED:=/parity.json)
 $(TRAINED:=/parity.json): %/parity.json: %.json
 	$(PY) export.py --checkpoint $*.pt --device $(DEVICE)
 
-bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner
+# asked for both, the bench waits until the machine is quiet
+bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner | $(filter export,$(MAKECMDGOALS))
 	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE) --page README.md
 
 # needs libpng-dev and libjpeg-dev; linked like this, torch's CUDA build needs no CUDA toolkit; RPATH, not RUNPATH, since
