@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python tests/faults.py --rounds 44 --out results/faults/faults.json
 
-Each round takes a script and a precision, starts the run, sends SIGKILL after a random time (or at the
-first write after it), up to three times, lets it end, and compares weights, losses and metrics with an
-uninterrupted run. The folder may then hold nothing but the three files of a run. Rounds are drawn from --seed;
-the instants are wall time, so another machine kills elsewhere.
+Each round takes a script and a precision, starts the run, sends SIGKILL after a random time (or, after that, at
+the next write of its checkpoint, its arrays or its record), up to three times, lets it end, and compares weights,
+losses and metrics with an uninterrupted run. The folder may then hold nothing but the three files of a run. Rounds
+are drawn from --seed; the instants are wall time, so another machine kills elsewhere.
 """
 
 import argparse
@@ -91,8 +91,9 @@ def campaign(rounds: int, seed: int, root: Path, scratch: Path) -> dict:
         for _ in range(random.integers(1, 4)):
             process = start(script, [*flags, "--out", str(folder)], scratch / "log")
             process.join(random.uniform(0, 1.05) * seconds)
-            if random.random() < 0.5:  # writes are short: half of the kills wait for one
-                while process.is_alive() and not list(folder.glob(".seed0.*.tmp")):
+            if random.random() < 0.5:  # writes are short: half of the kills wait for one, of any of the three files
+                written = f".seed0.{random.choice(['pt', 'npz', 'json'])}.*.tmp"
+                while process.is_alive() and not list(folder.glob(written)):
                     time.sleep(0.0002)
             if process.is_alive():
                 process.kill()
