@@ -281,8 +281,8 @@ def draw_equivariance(rows: dict) -> Figure:
             on_grid = (np.add.outer(np.arange(8) % 4, np.arange(8) % 4) == 0)
             moved = np.arange(64).reshape(8, 8) > 0
             ax.set(xticks=range(8), yticks=range(8), title=row if padding == "zeros" else "",
-                   xlabel=f"shift right (pixels)\nmean: {values[~on_grid].mean():.1f} %,\n"
-                          f"of shifts by multiples of 4: {values[on_grid & moved].mean():.2g} %")
+                   xlabel=f"shift right (pixels)\nmean of multiples of 4: {values[on_grid & moved].mean():.2g} %,\n"
+                          f"of all other shifts: {values[~on_grid].mean():.1f} %")
         line[0].set_ylabel(f"{'zero padding (as trained)' if padding == 'zeros' else 'circular padding'}\nshift down")
     figure.colorbar(image, ax=axes, label="equivariance error (% of the features' norm)", shrink=0.6)
     return figure
@@ -294,11 +294,11 @@ def draw_confusions(counts: dict[str, np.ndarray], names: tuple[str, ...]) -> Fi
     for ax, (label, matrix) in zip(axes[0], counts.items()):
         share = 100 * matrix / matrix.sum(1, keepdims=True)
         ax.imshow(share, cmap="viridis", vmin=0, vmax=100)
-        for i, j in zip(*np.nonzero(share >= 0.5)):
+        for i, j in zip(*np.nonzero(share > 0.5)):
             ax.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=8,
                     color="black" if share[i, j] > 60 else "white")
-        ax.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names, xlabel="predicted",
-               ylabel="true", title=label)
+        ax.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names, ylabel="true",
+               xlabel="predicted (% of the true class; blank: below 0.5)", title=label)
         ax.set_xticklabels(names, rotation=45, ha="right")
     return figure
 

@@ -20,7 +20,6 @@ import torch
 
 import engine
 import models
-import train_cls
 import train_seg
 
 REPO = Path(__file__).parents[1]
@@ -203,14 +202,6 @@ def test_other_data_in_the_same_place_are_refused(tiny_root, tmp_path, capsys):
     assert "made with other settings (data" in one_error(capsys)
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-2000])
-
-
-def foreign(path):
-    torch.save({"weights": torch.zeros(3)}, path)
-
-
 def hostile(path):
     class Evil:
         def __reduce__(self):
@@ -218,8 +209,9 @@ def hostile(path):
     torch.save(Evil(), path)
 
 
-@pytest.mark.parametrize("damage", [truncate, foreign, hostile, lambda p: p.write_bytes(b""),
-                                    lambda p: p.write_text("not a checkpoint"),
+@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(p.read_bytes()[:-2000]),
+                                    lambda p: torch.save({"weights": torch.zeros(3)}, p), hostile,
+                                    lambda p: p.write_bytes(b""), lambda p: p.write_text("not a checkpoint"),
                                     lambda p: zipfile.ZipFile(p, "w").close()],
                          ids=["truncated", "foreign", "hostile", "empty", "text", "empty zip"])
 def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_root, tmp_path, capsys, damage):
@@ -400,9 +392,3 @@ def test_a_record_traces_the_run(tiny_root, tmp_path):
     assert record["parameters"] == sum(p.numel() for p in models.HourGlass(2, 4).parameters())
     model, same = engine.load_trained(tmp_path / "seed0.pt", torch.device("cpu"))
     assert same == record and models.weights_digest(model) == record["weights_sha256"]
-
-
-def test_train_cls_config_matches_the_constructor():
-    cfg = train_cls.Config(depth=1, width=8, down="stride", skip=False, act="gelu")
-    model = models.build(vars(cfg))
-    assert not any(m.skip for m in model.modules() if isinstance(m, models.ResidualBlock))

@@ -1,5 +1,6 @@
 """The command lines as a user types them: every documented flag runs. Wrong ones are in test_bad_input.py."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import engine
+import models
 import train_cls
 import train_seg
 
@@ -69,3 +71,17 @@ def test_a_flag_wins_over_the_protocol_and_the_protocol_over_the_default():
     assert parse().size == 256
     assert parse("--protocol", "smoke").size == 32
     assert parse("--size", "64", "--protocol", "smoke").size == 64
+
+
+def test_train_cls_config_matches_the_constructor():
+    cfg = train_cls.Config(depth=1, width=8, down="stride", skip=False, act="gelu")
+    model = models.build(vars(cfg))
+    assert not any(m.skip for m in model.modules() if isinstance(m, models.ResidualBlock))
+
+
+def test_no_module_of_the_current_folder_is_imported(tmp_path):
+    (tmp_path / "onnxruntime.py").write_text("print('taken from the current folder')")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, engine.SOURCE / "export.py", "bench"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and "--checkpoint is missing" in done.stderr
