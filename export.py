@@ -125,6 +125,7 @@ import models
 from data import BadInput
 from engine import flag
 
+warnings.filterwarnings("ignore", "`torch.jit")  # deprecated; here it is one form among several
 INPUT = "images"
 FILES = {"TorchScript": "model.ts.pt", "AOTInductor": "model.pt2", "ONNX": "model.onnx", "ONNX int8": "model.int8.onnx",
          "ONNX int8 for ONNX Runtime": "model.int8-ort.onnx"}
@@ -166,9 +167,7 @@ def describe(model: nn.Module, record: dict) -> dict[str, str]:
 
 
 def write_torchscript(deployed: models.Deployed, about: dict[str, str], path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated; here it is one form among several
-        torch.jit.save(torch.jit.freeze(torch.jit.script(deployed)), str(path), _extra_files=dict(about))
+    torch.jit.save(torch.jit.freeze(torch.jit.script(deployed)), str(path), _extra_files=dict(about))
 
 
 def capture(deployed: models.Deployed, images: Tensor) -> torch.export.ExportedProgram:
@@ -230,25 +229,22 @@ def quantise(source: Path, target: Path, images: Tensor, about: dict[str, str], 
     """Static 8-bit QDQ form of an ONNX file: weights signed per channel, activations unsigned per tensor.
 
     Adds, pools and upsamplings are quantised with the convolutions, so that the whole chain stays in
-    8 bits. Ranges are the extremes over the calibration images; entropy gives the same ranges here,
-    percentiles lose as little, and both take 4 times as long. `keep` names nodes that stay in float; with
-    `only` no others than these are quantised.
+    8 bits. Ranges are the extremes over the calibration images. `keep` names nodes that stay in float;
+    with `only` no others than these are quantised.
     """
-    in_float, _ = layers_of(source)
     logging.disable(logging.WARNING)  # it advises to fold and to infer shapes first, which the export did
     quantization.quantize_static(
         str(source), str(target), Calibration(images), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
         weight_type=quantization.QuantType.QInt8, activation_type=quantization.QuantType.QUInt8,
         calibrate_method=quantization.CalibrationMethod.MinMax, nodes_to_quantize=only,
-        nodes_to_exclude=[*in_float, *keep])
+        nodes_to_exclude=[*layers_of(source)[0], *keep])
     logging.disable(logging.NOTSET)
     save_onnx(onnx.load(target), about, target)
 
 
 def worst_layers(source: Path, images: Tensor) -> list[str]:
     """Layers by how far the logits of a few images move when that layer alone is quantised, worst first."""
-    moved = {}
-    exact = open_form(source)(images)
+    moved, exact = {}, open_form(source)(images)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "one.onnx")
         for layer in layers_of(source)[1]:
@@ -288,9 +284,7 @@ def open_form(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
         package = torch._inductor.aoti_load_package(str(path))
         # compiled for one layout, NCHW, and reads any other as if it were that, without an error
         return lambda images: package(images.contiguous())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.load(str(path))
+    return torch.jit.load(str(path))
 
 
 # ---- parity ----
@@ -356,7 +350,7 @@ def export(cfg: Config) -> None:
         (out / name).unlink(missing_ok=True)
     exact = engine.predict(model, dataset.to(device), split.map(lambda t: t.to(device)), batch, torch.float32).cpu()
     forms = {"eager": compare(exact, exact, split.targets, names)}
-    show(next(iter(forms)), forms["eager"])
+    show("eager", forms["eager"])
 
     def judge(name: str, path: Path) -> dict:
         form = open_form(path)

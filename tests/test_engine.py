@@ -122,11 +122,12 @@ def test_a_second_process_on_the_same_run_is_refused(tiny_root, tmp_path, capsys
 
 
 def test_a_short_campaign_of_kills(fashion_root, tmp_path):
-    done = subprocess.run([sys.executable, "tests/faults.py", "--rounds", "6", "--out", str(tmp_path / "faults.json")],
+    """Both scripts in float32 and bfloat16; float16, which is slow on a CPU, has its turn in `make faults`."""
+    done = subprocess.run([sys.executable, "tests/faults.py", "--rounds", "4", "--out", str(tmp_path / "faults.json")],
                           cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rounds = json.loads((tmp_path / "faults.json").read_text())["rounds"]
-    assert len(rounds) == 6 and all(one["same_bits"] and not one["stray"] for one in rounds)
+    assert len(rounds) == 4 and all(one["same_bits"] and not one["stray"] for one in rounds)
 
 
 def test_a_complete_run_is_not_run_again(tiny_root, tmp_path, monkeypatch, capsys):
