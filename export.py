@@ -12,14 +12,14 @@ and gives float32 logits. Normalisation is inside, BatchNorm is folded into the 
     model.onnx             float32
     model.int8.onnx        8-bit weights and activations, calibrated on training images
     model.int8-ort.onnx    the same numbers, arranged for ONNX Runtime's speed
+    model.int8.ts.pt       8 bits in TorchScript, for Python and C++
     parity.json            how each compares with the trained model on the whole held-out split
 
 An export counts only if the float32 forms' logits are within 1e-4 of the model's, and the 8-bit forms lose at most half
 a point of MAP or accuracy; else no file is left, and the exit code is 1.
 """
 
-# predict must run where torch is not installed, so that torch is imported below it
-# ruff: noqa: E402
+# ruff: noqa: E402 -- predict must run where torch is not installed, so that torch is imported below it
 
 import argparse
 import os
@@ -61,9 +61,8 @@ def predict(argv: list[str]) -> None:
         targets[target] = path
     for target, path in targets.items():
         try:
-            # the limits of data.py, which needs torch
             image = Image.open(path, formats=("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP"))
-            if image.width * image.height > 1 << 26:
+            if image.width * image.height > 1 << 26:  # the limits of data.py, which needs torch
                 raise OSError(f"{image.width}x{image.height} pixels")
             image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
         except (OSError, Image.DecompressionBombError) as error:
@@ -101,6 +100,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["bench"]:
     os.execv(sys.executable, [sys.executable, str(source / "tests/bench_inference.py"), *sys.argv[2:]])
 
 import hashlib
+import importlib.util
 import json
 import logging
 import shutil
@@ -125,10 +125,10 @@ import models
 from data import BadInput
 from engine import flag
 
-warnings.filterwarnings("ignore", "`torch.jit")  # deprecated; here it is one form among several
+warnings.filterwarnings("ignore", "`torch.jit|torch.quantize_per_tensor")  # deprecated; here they make one form of many
 INPUT = "images"
 FILES = {"TorchScript": "model.ts.pt", "AOTInductor": "model.pt2", "ONNX": "model.onnx", "ONNX int8": "model.int8.onnx",
-         "ONNX int8 for ONNX Runtime": "model.int8-ort.onnx"}
+         "ONNX int8 for ONNX Runtime": "model.int8-ort.onnx", "TorchScript int8": "model.int8.ts.pt"}
 FLOAT_TOLERANCE = 1e-4  # of logits, between float32 forms: they only sum in another order
 INT8_LOSS = 0.005  # of MAP or accuracy
 
@@ -178,11 +178,6 @@ def capture(deployed: models.Deployed, images: Tensor) -> torch.export.ExportedP
     batch, stride = torch.export.Dim("batch"), deployed.model.stride
     height, width = (stride * torch.export.Dim(name, max=65536 // stride) for name in ("rows", "columns"))
     return torch.export.export(deployed, (images,), dynamic_shapes=({0: batch, 2: height, 3: width},))
-
-
-def write_aot(program: torch.export.ExportedProgram, about: dict[str, str], path: Path) -> None:
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path),
-                                             inductor_configs={"aot_inductor.metadata": about})
 
 
 def write_onnx(program: torch.export.ExportedProgram, about: dict[str, str], path: Path) -> None:
@@ -335,7 +330,14 @@ def write_int8(source: Path, target: Path, images: Tensor, about: dict[str, str]
             print(f"{error}; tries again with {len(keep)} of {len(worst)} layers in float")
 
 
-def export(cfg: Config) -> None:
+def show(name: str, found: dict) -> None:
+    scores = "  ".join(f"{key} {100 * found[key]:.2f}" for key in ("accuracy", "map", "wgap") if key in found)
+    print(f"{name:<27} {scores}  logits differ by at most {found['max_difference']:.1e}, argmax agrees in "
+          f"{100 * found['argmax_agreement']:.3f} %")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = engine.parse(Config, __doc__, argv)
     device = engine.pick_device(cfg.device)
     torch.backends.cudnn.allow_tf32 = False  # parity is judged in true float32
     if cfg.aot and not shutil.which(os.environ.get("CXX", "g++")):
@@ -367,14 +369,22 @@ def export(cfg: Config) -> None:
         example = split.images[[0, 0]].contiguous()
         write_onnx(capture(deployed, example), about, paths["ONNX"])
         if cfg.aot:
-            write_aot(capture(deployed.to(device), example.to(device)), about, paths["AOTInductor"])
+            torch._inductor.aoti_compile_and_package(
+                capture(deployed.to(device), example.to(device)), package_path=str(paths["AOTInductor"]),
+                inductor_configs={"aot_inductor.metadata": about})
         for form in ("TorchScript", "ONNX", *["AOTInductor"] * cfg.aot):
             forms[form] = judge(form, paths[form])
         chosen = torch.linspace(0, len(dataset.train) - 1, min(cfg.calibration, len(dataset.train))).long()
-        forms["ONNX int8"], in_float = write_int8(paths["ONNX"], paths["ONNX int8"], dataset.train.images[chosen],
-                                                  about, judge)
+        images = dataset.train.images[chosen]
+        forms["ONNX int8"], in_float = write_int8(paths["ONNX"], paths["ONNX int8"], images, about, judge)
         copy_upsampling(paths["ONNX int8"], paths["ONNX int8 for ONNX Runtime"])
         forms["ONNX int8 for ONNX Runtime"] = judge("ONNX int8 for ONNX Runtime", paths["ONNX int8 for ONNX Runtime"])
+        if importlib.util.find_spec("torch.ao.quantization"):  # on its way out of torch
+            convs = [node.name for node in onnx.load(paths["ONNX"]).graph.node if node.op_type == "Conv"]
+            deployed.cpu().model = models.to_int8(deployed.model, deployed.normalise(images),
+                                                  [i for i, name in enumerate(convs) if name in in_float])
+            write_torchscript(deployed, about, paths["TorchScript int8"])
+            forms["TorchScript int8"] = judge("TorchScript int8", paths["TorchScript int8"])
         for form in forms.keys() - {"eager"}:
             os.replace(paths[form], out / FILES[form])
     report = {"checkpoint": Path(cfg.checkpoint).name, **about, "split": dataset.held_out, "images": len(split),
@@ -383,16 +393,6 @@ def export(cfg: Config) -> None:
               "forms": forms}
     engine.write_atomic(out / "parity.json", (json.dumps(engine.jsonable(report), indent=1) + "\n").encode())
     print(f"models {out}/")
-
-
-def show(name: str, found: dict) -> None:
-    scores = "  ".join(f"{key} {100 * found[key]:.2f}" for key in ("accuracy", "map", "wgap") if key in found)
-    print(f"{name:<27} {scores}  logits differ by at most {found['max_difference']:.1e}, argmax agrees in "
-          f"{100 * found['argmax_agreement']:.3f} %")
-
-
-def main(argv: list[str] | None = None) -> None:
-    export(engine.parse(Config, __doc__, argv))
 
 
 if __name__ == "__main__":

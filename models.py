@@ -26,6 +26,7 @@ def conv_norm(cin: int, cout: int, kernel: int, stride: int = 1, norm: bool = Tr
     return nn.Sequential(conv, nn.BatchNorm2d(cout) if norm else nn.Identity())
 
 
+@torch.fx.wrap  # a graph of a model calls it as it stands
 def check_size(x: Tensor, stride: int) -> None:
     """Refuse an image whose height or width cannot be halved down to 1/stride: ValueError."""
     height, width = x.shape[-2], x.shape[-1]
@@ -275,9 +276,37 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose BatchNorms are part of the convolutions before them; the same logits to 1e-5."""
     model = copy.deepcopy(model).eval()
     for layers in model.modules():
-        if isinstance(layers, nn.Sequential) and len(layers) == 2 and isinstance(layers[1], nn.BatchNorm2d):
-            layers[0], layers[1] = nn.utils.fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
+        if isinstance(layers, nn.Sequential) and isinstance(layers[-1], (nn.BatchNorm2d, nn.Identity)):
+            if isinstance(layers[-1], nn.BatchNorm2d):
+                layers[0] = nn.utils.fuse_conv_bn_eval(layers[0], layers[1])
+            del layers[-1]
     return model
+
+
+def to_int8(model: nn.Module, images: Tensor, in_float: list[int]) -> nn.Module:
+    """A copy of a folded model whose convolutions, sums and poolings run in 8 bits, in oneDNN.
+
+    images float32 (N, C, H, W), normalised, set the ranges of the activations, which are unsigned and per
+    tensor; weights are signed and per channel. Linear layers, transposed convolutions and the
+    convolutions whose places in the order of execution are `in_float` stay in float32.
+    """
+    # imported here, as it is on its way out of torch
+    from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping, default_per_channel_weight_observer
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    convs = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes
+             if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.Conv2d)]
+    eight_bits = QConfig(MinMaxObserver.with_args(dtype=torch.quint8), default_per_channel_weight_observer)
+    mapping = QConfigMapping().set_global(eight_bits)
+    for kind in (nn.Linear, nn.ConvTranspose2d):
+        mapping.set_object_type(kind, None)
+    for i in in_float:
+        mapping.set_module_name(convs[i], None)
+    observed = prepare_fx(copy.deepcopy(model), mapping, (images[:1],))
+    with torch.inference_mode():
+        for image in images:
+            observed(image[None])
+    return convert_fx(observed)
 
 
 class Deployed(nn.Module):

@@ -45,11 +45,13 @@ BACKENDS = {  # name: how it runs, the exported form that it reads, the type tha
     "torch.compile": ("compile", None, "float32"),
     "torch.compile bfloat16": ("compile", None, "bfloat16"),
     "TorchScript": ("file", "TorchScript", "float32"),
+    "TorchScript int8": ("file", "TorchScript int8", "int8"),
     "AOTInductor": ("file", "AOTInductor", "float32"),
     "ONNX Runtime": ("file", "ONNX", "float32"),
     "ONNX Runtime int8": ("file", "ONNX int8", "int8"),
     "ONNX Runtime int8, upsampling as copies": ("file", "ONNX int8 for ONNX Runtime", "int8"),
     "C++ TorchScript": ("runner", "TorchScript", "float32"),
+    "C++ TorchScript int8": ("runner", "TorchScript int8", "int8"),
     "C++ AOTInductor": ("runner", "AOTInductor", "float32"),
     "OpenVINO": ("openvino", "ONNX", "f32"),
     "OpenVINO bfloat16": ("openvino", "ONNX", "bf16"),
@@ -235,7 +237,7 @@ def draw(record: dict, path: Path) -> None:
     key, label = ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
     figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
     colours = {"float32": "#0072B2", "f32": "#0072B2", "bfloat16": "#009E73", "bf16": "#009E73", "int8": "#D55E00"}
-    for row, marker in zip(record["results"], "o^sDvPX*hpd<>8H"):
+    for row, marker in zip(record["results"], "o^sDvPX*hpd<>8H1+"):
         colour = colours["int8" if "int8" in row["name"] else BACKENDS[row["name"]][2]]
         peer = row["name"].startswith("OpenVINO")
         ax.plot(row["batch1"]["images_per_second"], 100 * row["quality"][key], marker, ms=9, color=colour, ls="",

@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import make_tiny_root, real_root
 from PIL import Image
-from torch import nn
 
 import data
 import engine
@@ -66,29 +65,6 @@ def run(*flags):
 
 def parity(folder):
     return json.loads((folder / "seed0/parity.json").read_text())
-
-
-def randomise(model):
-    """Running statistics and affine weights as after training: fresh ones would make any folding right."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in ((module.running_mean, -1, 1), (module.running_var, 0.5, 2),
-                                      (module.weight.data, 0.5, 1.5), (module.bias.data, -1, 1)):
-                tensor.uniform_(low, high)
-    return model.eval()
-
-
-@pytest.mark.parametrize("model, shape", [
-    (models.HourGlass(1, 8), (2, 3, 32, 48)), (models.UNet(8), (2, 3, 32, 32)),
-    (models.HourGlass(1, 8, norm=False), (1, 3, 16, 16)), (models.VGGResNet(2, 8, "stride"), (3, 1, 28, 28)),
-    (models.VGGResNet(1, 8, block="transformer"), (3, 1, 28, 28))])
-def test_folded_batchnorm_equals_batchnorm(model, shape):
-    x = torch.randn(shape)
-    with torch.inference_mode():
-        exact, folded = randomise(model)(x), models.fold_batchnorm(model)
-        assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-        torch.testing.assert_close(folded(x), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
-        assert torch.equal(model(x), exact)  # the model itself is as it was
 
 
 def test_every_form_is_there_and_passed(seg):
@@ -141,8 +117,9 @@ def test_metadata_in_every_form(seg):
         assert images.name == "images" and images.type == "tensor(uint8)"
         assert images.shape == ["batch", 3, "height", "width"] and logits.shape == ["batch", 5, "height", "width"]
     found = dict.fromkeys(expected, "")
-    torch.jit.load(folder / "model.ts.pt", _extra_files=found)
-    assert {key: value.decode() for key, value in found.items()} == expected
+    for name in ("model.ts.pt", "model.int8.ts.pt"):
+        torch.jit.load(folder / name, _extra_files=found)
+        assert {key: value.decode() for key, value in found.items()} == expected
     found = torch._C._aoti.AOTIModelPackageLoader(str(folder / "model.pt2"), "model", False, 1, -1).get_metadata()
     assert {key: found[key] for key in expected} == expected
 
@@ -159,6 +136,9 @@ def test_int8_is_int8_from_end_to_end(seg):
     images = torch.randint(256, (2, 3, 48, 32), dtype=torch.uint8)
     assert torch.equal(*(export.open_form(seg / "seed0" / name)(images)
                          for name in ("model.int8.onnx", "model.int8-ort.onnx")))
+    script = torch.jit.load(seg / "seed0/model.int8.ts.pt").inlined_graph
+    assert not script.findAllNodes("aten::conv2d") and len(script.findAllNodes("quantized::add_relu")) == 10
+    assert sum(len(script.findAllNodes(f"quantized::{kind}")) for kind in ("conv2d", "conv2d_relu")) == 28
 
 
 # ---- the gate ----
@@ -303,7 +283,7 @@ def cpp(runner, *argv):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", ["model.ts.pt", "model.pt2"])
+@pytest.mark.parametrize("name", ["model.ts.pt", "model.int8.ts.pt", "model.pt2"])
 def test_cpp_masks_are_those_of_python_byte_for_byte(seg, runner, tmp_path, name):
     """Over the real held-out photos where the set is there, else over the tiny one's."""
     real = Path(os.environ.get("DATA_ROOT") or "data", "mini_facade")

@@ -292,3 +292,44 @@ def test_class_weights_by_hand():
     assert models.class_weights(counts, 1.0).tolist() == pytest.approx([1 / 5 * 3, 4 / 5 * 3, 0])
     assert models.class_weights(counts, 0.5).tolist() == pytest.approx([1 / 3 * 3, 2 / 3 * 3, 0])
     assert models.class_weights(torch.full((5,), 7), 1.0).tolist() == pytest.approx([1] * 5)
+
+
+# ---- deployment ----
+
+def randomise(model):
+    """Running statistics and affine weights as after training: fresh ones would make any folding right."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in ((module.running_mean, -1, 1), (module.running_var, 0.5, 2),
+                                      (module.weight.data, 0.5, 1.5), (module.bias.data, -1, 1)):
+                tensor.uniform_(low, high)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model, shape", [
+    (models.HourGlass(1, 8), (2, 3, 32, 48)), (models.UNet(8), (2, 3, 32, 32)),
+    (models.HourGlass(1, 8, norm=False), (1, 3, 16, 16)), (models.VGGResNet(2, 8, "stride"), (3, 1, 28, 28)),
+    (models.VGGResNet(1, 8, block="transformer"), (3, 1, 28, 28))])
+def test_folded_batchnorm_equals_batchnorm(model, shape):
+    x = torch.randn(shape)
+    with torch.inference_mode():
+        exact, folded = randomise(model)(x), models.fold_batchnorm(model)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+        torch.testing.assert_close(folded(x), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+        assert torch.equal(model(x), exact)  # the model itself is as it was
+
+
+@pytest.mark.parametrize("model, shape", [
+    (HourGlass(1, 8), (4, 3, 32, 48)), (UNet(8), (4, 3, 32, 32)),
+    (HourGlass(1, 8, intra_skip=False, norm=False, act="gelu"), (4, 3, 16, 16)),
+    (VGGResNet(2, 8, "blurpool"), (4, 1, 28, 28)), (VGGResNet(1, 8, block="transformer"), (4, 1, 28, 28))])
+def test_8_bits_are_near_the_model_and_nearer_where_the_spoilt_layer_stays_in_float(model, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    folded = models.fold_batchnorm(randomise(model))
+    first = next(module for module in folded.modules() if isinstance(module, nn.Conv2d))
+    error = lambda in_float: (models.to_int8(folded, x, in_float)(x) - folded(x)).norm() / folded(x).norm()
+    with torch.inference_mode():
+        assert 0 < error([]) < 0.1
+        first.weight[0, 0, 0, 0] = 300  # one weight swallows its channel's range, its outputs all others'
+        assert error([0]) < error([])
