@@ -323,13 +323,12 @@ def test_folded_batchnorm_equals_batchnorm(model, shape):
     (HourGlass(1, 8), (4, 3, 32, 48)), (UNet(8), (4, 3, 32, 32)),
     (HourGlass(1, 8, intra_skip=False, norm=False, act="gelu"), (4, 3, 16, 16)),
     (VGGResNet(2, 8, "blurpool"), (4, 1, 28, 28)), (VGGResNet(1, 8, block="transformer"), (4, 1, 28, 28))])
-def test_8_bits_are_near_the_model_and_nearer_where_the_spoilt_layer_stays_in_float(model, shape):
-    torch.manual_seed(0)
+def test_8_bits_are_near_the_model_and_the_layers_named_stay_in_float(model, shape):
     x = torch.randn(shape)
     folded = models.fold_batchnorm(randomise(model))
-    first = next(module for module in folded.modules() if isinstance(module, nn.Conv2d))
-    error = lambda in_float: (models.to_int8(folded, x, in_float)(x) - folded(x)).norm() / folded(x).norm()
+    weights = lambda model: [module.weight.tolist() for module in model.modules() if type(module) is nn.Conv2d]
     with torch.inference_mode():
-        assert 0 < error([]) < 0.1
-        first.weight[0, 0, 0, 0] = 300  # one weight swallows its channel's range, its outputs all others'
-        assert error([0]) < error([])
+        for in_float, kept in ([], []), ([0], weights(folded)[:1]):
+            found = models.to_int8(folded, x, in_float)
+            assert weights(found) == kept
+            assert 0 < (found(x) - folded(x)).norm() / folded(x).norm() < 0.2
