@@ -237,7 +237,7 @@ def draw(record: dict, path: Path) -> None:
     key, label = ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
     figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
     colours = {"float32": "#0072B2", "f32": "#0072B2", "bfloat16": "#009E73", "bf16": "#009E73", "int8": "#D55E00"}
-    for row, marker in zip(record["results"], "o^sDvPX*hpd<>8H1+"):
+    for row, marker in zip(record["results"], "o^sDvPX*hpd<>xHs^"):
         colour = colours["int8" if "int8" in row["name"] else BACKENDS[row["name"]][2]]
         peer = row["name"].startswith("OpenVINO")
         ax.plot(row["batch1"]["images_per_second"], 100 * row["quality"][key], marker, ms=9, color=colour, ls="",
