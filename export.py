@@ -381,8 +381,8 @@ def main(argv: list[str] | None = None) -> None:
         forms["ONNX int8 for ONNX Runtime"] = judge("ONNX int8 for ONNX Runtime", paths["ONNX int8 for ONNX Runtime"])
         if importlib.util.find_spec("torch.ao.quantization"):  # on its way out of torch
             convs = [node.name for node in onnx.load(paths["ONNX"]).graph.node if node.op_type == "Conv"]
-            deployed.cpu().model = models.to_int8(deployed.model, deployed.normalise(images),
-                                                  [i for i, name in enumerate(convs) if name in in_float])
+            deployed.model = models.to_int8(deployed.cpu().model, deployed.normalise(images),
+                                            [i for i, name in enumerate(convs) if name in in_float])
             write_torchscript(deployed, about, paths["TorchScript int8"])
             forms["TorchScript int8"] = judge("TorchScript int8", paths["TorchScript int8"])
         for form in forms.keys() - {"eager"}:

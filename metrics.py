@@ -10,10 +10,12 @@ float64: a training split has 59 million pixels, and float32 counts stop being e
 """
 
 import argparse
+import fcntl
 import functools
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import zipfile
@@ -568,12 +570,22 @@ def render_attention(rows: dict, equivariance: dict) -> str:
 
 
 def put_between_markers(path: Path, marker: str, text: str) -> None:
-    """Replace what stands between <!-- marker --> and <!-- /marker --> in a file, if it has them."""
-    old = path.read_text()
-    new = re.sub(rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- /{re.escape(marker)} -->)",
-                 lambda match: match[1] + text + match[2], old, flags=re.DOTALL)
-    if new != old:
-        path.write_text(new)
+    """Replace what stands between <!-- marker --> and <!-- /marker --> in a file, if it has them.
+
+    The file is replaced whole, and by one process at a time: make renders several tables side by side.
+    """
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        old = path.read_text()
+        new = re.sub(rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- /{re.escape(marker)} -->)",
+                     lambda match: match[1] + text + match[2], old, flags=re.DOTALL)
+        if new != old:
+            written = path.with_name(f".{path.name}.tmp")
+            written.write_text(new)
+            os.replace(written, path)
+    finally:
+        os.close(folder)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +102,17 @@ def test_the_text_between_markers_is_replaced_and_the_rest_is_not(tmp_path):
     for _ in range(2):
         metrics.put_between_markers(page, "t", "| \\1 new |\n")
         assert page.read_text() == "a\n<!-- t -->\n| \\1 new |\n<!-- /t -->\nb\n<!-- u -->\nkeep\n<!-- /u -->\n"
+
+
+def test_tables_rendered_side_by_side_all_reach_the_page(tmp_path, monkeypatch):
+    page, names = tmp_path / "page.md", "abcd"
+    page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names))
+    real = re.sub
+    monkeypatch.setattr(re, "sub", lambda *args, **more: (time.sleep(0.05), real(*args, **more))[1])
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: metrics.put_between_markers(page, name, f"{name}\n"), names))
+    assert page.read_text() == "".join(f"<!-- {name} -->\n{name}\n<!-- /{name} -->\n" for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
 @pytest.mark.parametrize("dof, expected", [(1, 12.7062), (2, 4.30265), (5, 2.57058), (30, 2.04227)])
