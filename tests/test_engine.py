@@ -364,7 +364,9 @@ def test_it_learns_and_adam_equals_the_plain_loop(tiny_root, tmp_path):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    assert result(tmp_path)["curve"]["loss"] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=3e-3)
+    first, second = result(tmp_path)["curve"]["loss"]
+    assert first == pytest.approx(sum(losses[:3]) / 3, rel=1e-3)
+    assert second == pytest.approx(sum(losses[3:]) / 3, rel=3e-3)  # 1.3e-3 on torch 2.11
 
 
 def test_the_head_gives_float32_logits_whatever_the_precision():

@@ -84,4 +84,4 @@ def test_no_module_of_the_current_folder_is_imported(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, engine.SOURCE / "export.py", "bench"], cwd=tmp_path, env=environment,
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and "--checkpoint is missing" in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --checkpoint is missing")
