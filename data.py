@@ -132,7 +132,7 @@ def shuffled_batches(data: Dataset, batch: int, seed: int, epoch: int, flip: boo
     epoch another set of images): every step has one shape.
     """
     split = data.train
-    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator).to(split.images.device)
     mirrored = (torch.rand(len(split), generator=generator) < 0.5).to(split.images.device)
     for step in range(first, steps_per_epoch(split, batch)):
@@ -149,9 +149,12 @@ def steps_per_epoch(split: Split, batch: int) -> int:
     return max(1, len(split) // batch)
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """32 mixed bits: torch's CPU generator ignores all bits above them."""
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+def mixed_seed(*parts: int) -> int:
+    """32 mixed bits, since torch's CPU generator ignores all above them, of (seed, epoch) or (seed, epoch, step).
+
+    A trailing 0 counts for nothing, so that steps are numbered from 1.
+    """
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def find_root(flag: str | None) -> Path:

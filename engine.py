@@ -7,8 +7,8 @@ A script declares its settings as a frozen dataclass on top of `Settings`, and t
     engine.fit(run, loss)
     run.finish(*run.evaluate(score, detail))    # writes OUT/seed<k>.json
 
-An epoch depends on nothing but the weights, the optimiser's state and (seed, epoch), so a killed run
-goes on from its last epoch and ends, on the CPU, with the same bits. One that is told to stop (Ctrl-C,
+A step depends on nothing but the weights, the optimiser's state and (seed, epoch, step), so a killed
+run goes on from its last epoch and ends, on the CPU, with the same bits. One that is told to stop (Ctrl-C,
 SIGTERM, SIGUSR1) saves the step it is at. Under torchrun, its processes share each step's batch.
 """
 
@@ -69,7 +69,7 @@ def places(config: object) -> set[str]:
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every training script can be told. A script's own Config adds its model and its data."""
-    protocol: typing.Literal["report", "small", "smoke"] = flag("report", "set of defaults, see below")
+    protocol: typing.Literal["report", "desk", "small", "smoke"] = flag("report", "set of defaults, see below")
     split: typing.Literal["full", "dev"] = flag("full", "full: test once at the end; dev: hold out training data")
     seed: int = flag(0, "initial weights, order and augmentation")
     epochs: int = flag(1, "passes over the training split")
@@ -427,6 +427,18 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     return model.to(device, memory_format=torch.channels_last).eval(), state["record"]
 
 
+def cpu_lines() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+
+
+def instruction_sets() -> list[str]:
+    """Those of this CPU that decide which kernels run, and so which last bits come out; [] where Linux does not say."""
+    flags = next((line.split(":")[1].split() for line in cpu_lines() if line.startswith("flags")), [])
+    return [name for name in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+            if name in flags]
+
+
 def environment(device: torch.device, dtype: torch.dtype) -> dict:
     """What made a run: the code (commit, and a digest that needs no git), versions, device."""
     def git(*args: str) -> str | None:
@@ -440,15 +452,15 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        lines = cpu_lines()
         models_named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = f"{(models_named or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
     return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes),
-            "source_sha256": data.tree_digest([(path.name, path.read_bytes()) for path in SOURCE.glob("*.py")]),
+            "source_sha256": data.tree_digest([(path.relative_to(SOURCE).as_posix(), path.read_bytes())
+                                               for path in (*SOURCE.glob("*.py"), *SOURCE.glob("lab/*.py"))]),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": torchvision.__version__, "platform": platform.platform(), "device": name,
-            "processes": ranks(),
+            "instructions": instruction_sets(), "processes": ranks(),
             "precision": str(dtype).removeprefix("torch.")}
 
 
@@ -596,21 +608,11 @@ class Run:
         torch.save(state, buffer)
         write_atomic(self.checkpoint, buffer.getbuffer(), self.previous)
 
-    def save_within(self, step: int, total: Tensor) -> None:
-        """Save in the middle of an epoch, after `step` of its steps: with what they have drawn and summed."""
-        self.within = {"step": step, "total": total, "drawn": torch.get_rng_state(),
-                       "drawn_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
-        self.save()
-
     def begin_epoch(self) -> tuple[int, Tensor]:
-        """Seed dropout for the epoch; the step to start at, and the sum of the losses before it."""
-        torch.manual_seed(data.epoch_seed(self.cfg.seed, self.epoch))
+        """The steps of the epoch that are done, and the sum of their losses."""
         if self.within is None:
             return 0, torch.zeros((), device=self.device)
         within, self.within = self.within, None
-        torch.set_rng_state(within["drawn"])
-        if within["drawn_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(within["drawn_cuda"], self.device)
         return within["step"], within["total"].to(self.device)
 
     def evaluate(self, score: Callable[[Tensor, Tensor, tuple], dict],
@@ -697,6 +699,7 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
             data.shuffled_batches(run.data, cfg.batch, cfg.seed, epoch, flip, first), first + 1):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(cfg.lr, cfg.warmup, epoch * steps + step - 1, cfg.epochs * steps)
+        torch.manual_seed(data.mixed_seed(cfg.seed, epoch, step))  # for dropout
         loss = loss_fn(step_forward(run.model, images, run.dtype), targets)
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
@@ -710,7 +713,8 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
         if step < steps and (stop := any_signal(stops)):
             checked(total, epoch)
             run.seconds += time.perf_counter() - start
-            run.save_within(step, total)
+            run.within = {"step": step, "total": total}
+            run.save()
             raise Stopped(stop, f"step {step} of {steps} of epoch {epoch + 1}")
     bar.close()
     run.curve.append(checked(total / steps, epoch))
