@@ -96,6 +96,11 @@ class Dataset:
     train: Split
     test: Split
     held_out: str = "test"
+    palette: tuple[tuple[int, int, int], ...] | None = None  # the colour of each class in a mask
+
+    @property
+    def task(self) -> str:
+        return "classification" if self.train.targets.ndim == 1 else "segmentation"
 
     def to(self, device: torch.device) -> "Dataset":
         move = lambda tensor: tensor.to(device)
@@ -431,7 +436,7 @@ def load_facades(root: Path, split: str = "full", size: int = 256) -> Dataset:
         held = train.photos > train.photos.max() - FACADE_DEV_PHOTOS
         train, test = train.map(lambda t: t[~held]), train.map(lambda t: t[held])
     return Dataset("synthetic facades" if synthetic else "mini facade", FACADE_CLASSES, (0.4957, 0.4664, 0.4245),
-                   (0.2221, 0.2129, 0.2113), digest, synthetic, train, test, "val" if split == "dev" else "test")
+                   (0.2221, 0.2129, 0.2113), digest, synthetic, train, test, "val" if split == "dev" else "test", FACADE_PALETTE)
 
 
 def fetch_facades(root: Path, url: str, digest: str = FACADE_DIGEST) -> None:

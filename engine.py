@@ -415,11 +415,11 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     if "record" not in state:
         raise BadInput(f"{path} is of an unfinished run (epoch {state['epoch']}); run its training command again")
     try:
-        config = state["record"]["config"]
+        config, about = state["record"]["config"], state["record"]["about_data"]
         if type(config["seed"]) is not int or config["seed"] < 0:  # it becomes part of file names
             raise ValueError("seed")
         with torch.device("meta"):  # takes no memory, whatever width the file names
-            model = models.build(config)
+            model = models.build(config, len(about["mean"]), len(about["classes"]))
         model.load_state_dict(state["model"], assign=True)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path}: its settings and its weights do not fit together ({type(error).__name__}); train the "
@@ -503,7 +503,8 @@ class Run:
         self.environment = environment(self.device, self.dtype)  # now: the source may change while it runs
         self.data = dataset.to(self.device)
         torch.manual_seed(cfg.seed)
-        self.model = models.build(dataclasses.asdict(cfg)).to(self.device, memory_format=torch.channels_last)
+        self.model = models.build(dataclasses.asdict(cfg), len(dataset.mean), len(dataset.classes))
+        self.model.to(self.device, memory_format=torch.channels_last)
         if start is not None:
             self.model.load_state_dict(start)
         self.optimizer = torch.optim.Adam(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -630,7 +631,8 @@ class Run:
 
     def finish(self, metrics: dict[str, dict], arrays: dict, **more: typing.Any) -> None:
         """Write the trained model, the arrays and, last, the record: where it exists, all is there."""
-        described = {name: getattr(self.data, name) for name in ("name", "synthetic", "classes", "mean", "std")}
+        described = {name: getattr(self.data, name)
+                     for name in ("name", "task", "synthetic", "classes", "palette", "mean", "std")}
         images = self.data.train.images
         self.record = jsonable({
             **self.identity, "about_data": {**described, "train_images": len(images), "size": images.shape[-1]},

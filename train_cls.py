@@ -57,6 +57,7 @@ class Config(engine.Settings):
 
 PROTOCOLS = {
     "report": {},
+    "desk": {"epochs": 3, "lr": 2e-3, "warmup": 0.2},
     "small": {"epochs": 2, "train_images": 20000},
     "smoke": {"epochs": 2, "train_images": 512, "width": 8},
 }

@@ -75,7 +75,7 @@ def test_a_flag_wins_over_the_protocol_and_the_protocol_over_the_default():
 
 def test_train_cls_config_matches_the_constructor():
     cfg = train_cls.Config(depth=1, width=8, down="stride", skip=False, act="gelu")
-    model = models.build(vars(cfg))
+    model = models.build(vars(cfg), 1, 10)
     assert not any(m.skip for m in model.modules() if isinstance(m, models.ResidualBlock))
 
 
