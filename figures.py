@@ -92,10 +92,10 @@ def draw_differences(rows: dict, table: str) -> Figure:
                                 figsize=(3 + 3.4 * len(columns), 1.6 + 0.27 * len(others)))
     for ax, (i, name, split, key) in zip(axes[0], columns):
         for y, row in enumerate(others):
-            values = [100 * difference for difference in metrics.paired(rows, row, base_row, split, key)]
-            if values:
-                mean, half = metrics.interval(values)
-                ax.errorbar(mean, y + 0.12, xerr=None if np.isnan(half) else half, fmt="o", color="#0072B2", capsize=3)
+            ours = metrics.estimate(rows, row, base_row, split, key)
+            if ours.values:
+                ax.errorbar(ours.mean, y + 0.12, xerr=None if np.isnan(ours.half) else ours.half, fmt="o",
+                            color="#0072B2", capsize=3)
             reported = metrics.REPORT[table].get(row, [None] * 4)[i + 1]
             if reported is not None:
                 ax.plot(reported, y - 0.12, "D", color="#E69F00", mec="black", mew=0.6)

@@ -12,18 +12,20 @@ float64: a training split has 59 million pixels, and float32 counts stop being e
 import argparse
 import fcntl
 import functools
-import itertools
 import json
 import math
 import os
 import re
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lab.statistics import LEVEL, Part, claim, evidence, half_width, holm, own_spread, row_spreads, sign_flip, sum_of
 
 # The report's tables, in percent, in its order: name, then the value of each column. The first row is absolute,
 # the others are differences from it. Rows that the report lacks have None.
@@ -279,30 +281,6 @@ def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
     return rows
 
 
-def t_cdf(t: float, dof: int) -> float:
-    """P(T <= t) of Student's t distribution, to 1e-8, by integrating its density."""
-    scale = math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(dof * math.pi)
-    # with t = tan(a) sqrt(dof) the integrand is cos(a)^(dof - 1), smooth on a bounded range
-    angle = np.linspace(0, math.atan(abs(t) / math.sqrt(dof)), 20_001)
-    half = scale * math.sqrt(dof) * np.trapezoid(np.cos(angle) ** (dof - 1), angle)
-    return 0.5 + math.copysign(half, t)
-
-
-def t_quantile(dof: int, level: float = 0.975) -> float:
-    """The t above the median with P(T <= t) = level, to 1e-6."""
-    low, high = 0.0, 1000.0
-    while high - low > 1e-7:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, dof) < level else (low, middle)
-    return low
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and the half width of its 95 % interval by Student's t; NaN half width for a single value."""
-    mean, n = float(np.mean(values)), len(values)
-    return mean, t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-
-
 def pairs_of(rows: dict, row: str, other: str) -> list[tuple[dict, dict]]:
     """The records of two rows by the seeds that both have, in order."""
     ours, theirs = rows.get(row, {}), rows.get(other, {})
@@ -321,10 +299,15 @@ def plain(text: str) -> str:
     return re.sub(r"[|<>`\r\n]", "?", text)
 
 
-def cell(values: list[float], signed: bool) -> str:
-    """"+0.42 ± 0.31" of percentages over seeds; the interval is missing where there is one seed."""
-    mean, half = interval([100 * value for value in values])
+def number(mean: float, half: float, signed: bool) -> str:
+    """"+0.42 ± 0.31"; the interval is missing where there is one seed."""
     return (f"{mean:+.2f}" if signed else f"{mean:.2f}") + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
+def cell(values: list[float], signed: bool) -> str:
+    """A number in percent, of values over seeds, with the 95 % interval that their spread gives."""
+    variance, dof = own_spread(100 * np.array(values))
+    return number(100 * float(np.mean(values)), float(half_width((Part(variance / len(values), dof),))), signed)
 
 
 def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
@@ -333,18 +316,20 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
     lines = ["| row | " + " | ".join(f"{name} | report" for name, _, _ in COLUMNS[table])
              + " | seeds | parameters | multiply-adds | training |",
              "|---|" + "--:|" * (2 * len(COLUMNS[table]) + 4)]
+    held = {name: [] for name, _, _ in COLUMNS[table]}
     for row in [*REPORT[table], *(row for row in rows if row not in REPORT[table])]:
         label, *reported = REPORT[table].get(row, (plain(row), *[None] * len(COLUMNS[table])))
-        records, cells = rows.get(row, {}), []
-        for (_, split, key), value in zip(COLUMNS[table], reported):
-            if row == base_row:
-                values = [record["metrics"][split][key] for record in records.values()]
-            else:
-                values = paired(rows, row, base_row, split, key)
-            cells.append(cell(values, row != base_row) if values else "not run")
-            cells.append("" if value is None else f"{value:.2f}" if row == base_row else f"{value:+.2f}")
-        cells.append(f"{len(values)}" + ("" if len(values) == seeds else f" of {seeds}"))
-        if values:
+        records, cells, signed = rows.get(row, {}), [], row != base_row
+        for (name, split, key), value in zip(COLUMNS[table], reported):
+            ours = estimate(rows, row, base_row if signed else None, split, key)
+            cells.append(number(ours.mean, ours.half, signed) if ours.values else "not run")
+            holds = None if value is None else ours.holds(value)
+            if holds is not None:
+                held[name].append(holds)
+            cells.append("" if value is None else (f"{value:+.2f}" if signed else f"{value:.2f}")
+                         + {True: " ✓", False: " ✗", None: ""}[holds])
+        cells.append(f"{len(ours.values)}" + ("" if len(ours.values) == seeds else f" of {seeds}"))
+        if records:
             one = next(iter(records.values()))
             seconds = np.mean([record["train_seconds"] for record in records.values()])
             cells += [f"{one['parameters'] / 1e6:.2f} M", f"{one['multiply_adds'] / 1e6:,.0f} M", f"{seconds:,.0f} s"]
@@ -352,8 +337,11 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
             cells += [""] * 3
         lines.append(f"| {label} `{plain(row)}` | " + " | ".join(cells) + " |")
     devices = sorted({plain(record["environment"]["device"]) for seeds in rows.values() for record in seeds.values()})
-    lines.append(f"\nPercent. First row: value; others: difference from it, paired by seed. ± is the 95 % interval "
-                 f"over seeds (Student's t). Device: {'; '.join(devices) or 'none yet'}.")
+    lines.append("\nPercent. First row: value; others: difference from it, paired by seed. ± is the 95 % interval, over "
+                 "seeds and, on the test split, over its images. ✓: the report's number lies in the 95 % prediction "
+                 "interval of one more such run; ✗: it does not. "
+                 + ", ".join(f"{name}: {sum(marks)} of {len(marks)} do" for name, marks in held.items() if marks)
+                 + f". Device: {'; '.join(devices) or 'none yet'}.")
     return "\n".join(lines) + "\n"
 
 
@@ -397,8 +385,8 @@ def each_image(record: dict, key: str) -> np.ndarray:
     return (arrays[key] if key in arrays else arrays["prediction"] == arrays["target"]).astype(np.float64)
 
 
-def variance_of_test_set(rows: dict, row: str, other: str | None, key: str) -> float:
-    """Variance of the mean over seeds of a test metric's difference row - other, due to the choice of test images.
+def test_set_part(rows: dict, row: str, other: str | None, key: str) -> Part:
+    """Error of a test metric's difference row - other, averaged over seeds, due to the choice of test images.
 
     MAP and WGAP are no means over images, and crops of one photo are not independent: whole photos are
     redrawn. All other metrics are means, so it is the variance over images divided by their number.
@@ -406,79 +394,93 @@ def variance_of_test_set(rows: dict, row: str, other: str | None, key: str) -> f
     if key in ("map", "wgap"):
         reduce = np.nanmean if key == "map" else np.nanmin
         score = lambda record: reduce(redrawn_average_precisions(npz(record)), 1)
-        return float(np.var(np.mean([score(a) - score(b) for a, b in pairs_of(rows, row, other)], 0)))
+        pairs = pairs_of(rows, row, other)
+        redrawn = np.mean([score(a) - score(b) for a, b in pairs] if other else
+                          [score(record) for record in rows[row].values()], 0)
+        photos = len(load_arrays(npz(next(iter(rows[row].values()))))["groups"])
+        return Part(float(np.var(redrawn)), photos - 1)
     if other is None:
         each = np.mean([each_image(record, key) for record in rows[row].values()], 0)
     else:
         each = np.mean([each_image(a, key) - each_image(b, key) for a, b in pairs_of(rows, row, other)], 0)
-    return float(np.var(each)) / len(each)
+    return Part(float(np.var(each)) / len(each), len(each) - 1)
 
 
-def effect(rows: dict, row: str, other: str | None, key: str) -> tuple[float, float, list[float]]:
-    """Mean over seeds of the test metric's difference row - other, its standard error, the differences; in points.
+@dataclass(frozen=True)
+class Estimate:
+    """A metric's difference between two rows, or one row's value, in points: docs/statistics.md.
 
-    The error has two sources, and their variances add: the seeds (the spread of the paired
-    differences) and the test set (`variance_of_test_set`). NaN error with fewer than two seeds.
+    values are those of the seeds, paired; error and one_more are the sources of error of their mean, and of
+    what one more such run would give. Both are empty with fewer than two seeds.
     """
-    differences = [100 * difference for difference in paired(rows, row, other, "test", key)]
-    if len(differences) < 2:
-        return (differences or [math.nan])[0], math.nan, differences
-    from_test_set = 100**2 * variance_of_test_set(rows, row, other, key)
-    error = math.sqrt(np.var(differences, ddof=1) / len(differences) + from_test_set)
-    return float(np.mean(differences)), error, differences
+    values: list[float]
+    error: tuple[Part, ...] = ()
+    one_more: tuple[Part, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values)) if self.values else math.nan
+
+    @property
+    def half(self) -> float:
+        return float(half_width(self.error)) if self.error else math.nan
+
+    def holds(self, value: float) -> bool | None:
+        """Does the 95 % prediction interval of one more run hold the value? None where there is no interval."""
+        return bool(abs(value - self.mean) <= half_width(self.one_more)) if self.one_more else None
 
 
-def sign_flip(differences: list[float]) -> float:
-    """Exact two-sided p of the paired sign-flip test: the share of sign choices whose |sum| is as large."""
-    if len(differences) > 20:
-        raise ValueError(f"{len(differences)} seeds have 2^{len(differences)} choices of signs; compare at most 20")
-    signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
-    return float(np.mean(np.abs(signs @ np.asarray(differences)) >= abs(sum(differences)) - 1e-12))
+def estimate(rows: dict, row: str, other: str | None, split: str, key: str) -> Estimate:
+    """The difference row - other of a metric (or the row's own value), and its sources of error.
 
-
-def holm(ps: list[float]) -> list[float]:
-    """Holm's step-down correction of p values for testing several claims (Holm 1979)."""
-    adjusted, worst = [math.nan] * len(ps), 0.0
-    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
-        adjusted[i] = worst
-    return adjusted
-
-
-def evidence(mean: float, error: float, dof: int, low: float, high: float) -> tuple[float, float]:
-    """One-sided t-test p values that the effect lies inside [low, high], and that it lies outside."""
-    above_low, below_high = (t_cdf(max(-1e9, min(1e9, x / max(error, 1e-9))), dof) for x in (mean - low, high - mean))
-    return max(1 - above_low, 1 - below_high), min(above_low, below_high)
+    Two sources: the seeds, and, on a held-out split, the choice of its images. A row's spread over seeds is
+    what remains once the seed's effect on all rows of the table is taken out; of a row's own value, all of
+    it. Only seeds that both rows have are compared; all runs of the table tell the spread.
+    """
+    values = [100 * value for value in paired(rows, row, other, split, key)]
+    n = len(values)
+    if n < 2:
+        return Estimate(values)
+    if other is None:
+        spread = Part(*own_spread(np.array(values)))
+    else:
+        seeds = sorted({seed for runs in rows.values() for seed in runs})
+        scores = np.array([[100 * runs[seed]["metrics"][split].get(key, math.nan) if seed in runs else math.nan
+                            for seed in seeds] for runs in rows.values()], float)
+        known = ~np.isnan(scores).all(1)
+        variances, dofs = row_spreads(scores[known])
+        names = [name for name, there in zip(rows, known) if there]
+        spread = sum_of(*(Part(variances[names.index(name)], dofs[names.index(name)]) for name in (row, other)))
+    test_set = (test_set_part(rows, row, other, key).times(100**2),) if split == "test" else ()
+    return Estimate(values, (spread.times(1 / n), *test_set), (spread.times(1 + 1 / n), *test_set))
 
 
 def judge(tables: dict[str, dict]) -> dict[str, dict]:
-    """The verdict rule, for every claim: {claim: effects, p values, verdict}.
+    """The verdict on every claim: {claim: effects, p values, verdict}. The rule is in docs/statistics.md.
 
-    A claim is supported if all its effects lie inside their ranges, contradicted if one lies
-    outside. Both are tested (the largest p of being inside; the smallest p of being outside, times
-    the number of effects), the smaller p counts twice for having looked both ways, and the p values
-    are corrected across claims by Holm. At 0.05 the claim is decided, else undecided. Sign-flip p
-    values over the seeds stand beside it: with six seeds the smallest possible is 1/32, which
-    Holm's correction over the claims can never pass, so they cannot decide.
+    A claim is supported if all its effects lie inside their ranges, contradicted if one lies outside.
+    Both are tested, see `statistics.claim`, and the p values are corrected across claims by Holm. At 0.05
+    the claim is decided, else undecided. Sign-flip p values over the seeds stand beside it: with six seeds
+    the smallest possible is 1/32, which Holm's correction can never pass, so they cannot decide.
     """
     found = {}
     for name, (_, parts) in CLAIMS.items():
-        effects, inside, outside = [], [], []
+        effects, evidences = [], []
         for table, row, other, key, low, high in parts:
-            mean, error, differences = effect(tables.get(table, {}), row, other, key)
-            effects.append({"row": row, "other": other, "metric": key, "mean": mean, "error": error,
-                            "seeds": len(differences), "sign_flip": sign_flip(differences)})
-            if len(differences) > 1:
-                p_inside, p_outside = evidence(mean, error, len(differences) - 1, low, high)
-                inside.append(p_inside)
-                outside.append(p_outside)
-        complete = len(inside) == len(parts)
-        supported, contradicted = max(inside) if complete else 1.0, min([1.0, *(len(parts) * p for p in outside)])
-        found[name] = {"effects": effects, "p": min(1.0, 2 * min(supported, contradicted)),
-                       "leans": "supported" if supported < contradicted else "contradicted"}
-    for claim, p in zip(found.values(), holm([claim["p"] for claim in found.values()])):
-        claim["p_holm"] = p
-        claim["verdict"] = claim["leans"] if p < 0.05 else "undecided"
+            one = estimate(tables.get(table, {}), row, other, "test", key)
+            effects.append({"row": row, "other": other, "metric": key, "mean": one.mean, "half": one.half,
+                            "seeds": len(one.values), "sign_flip": sign_flip(one.values)})
+            if one.error:
+                evidences.append(evidence(np.float64(one.mean), one.error, low, high))
+        p, leans = 1.0, False
+        if evidences:
+            inside, outside = (np.array(side + (fill,) * (len(parts) - len(side)))  # an effect not run shows nothing
+                               for side, fill in zip(zip(*evidences), (1.0, 1.0)))
+            p, leans = (side.item() for side in claim(inside, outside))
+        found[name] = {"effects": effects, "p": p, "leans": "supported" if leans else "contradicted"}
+    for one, p in zip(found.values(), holm(np.array([one["p"] for one in found.values()]))):
+        one["p_holm"] = float(p)
+        one["verdict"] = one["leans"] if p < LEVEL else "undecided"
     return found
 
 
@@ -492,8 +494,8 @@ def render_claims(found: dict[str, dict]) -> str:
         if worst is None:
             lines.append(f"| {name} {CLAIMS[name][0]} | not run | | 0 | | | {claim['verdict']} |")
             continue
-        half = worst["error"] * t_quantile(worst["seeds"] - 1) if worst["seeds"] > 1 else math.nan
-        span = "" if math.isnan(half) else f"{worst['mean'] - half:+.2f} to {worst['mean'] + half:+.2f}"
+        low, high = worst["mean"] - worst["half"], worst["mean"] + worst["half"]
+        span = "" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
         where = f"`{worst['row']}`" + (f" - `{worst['other']}`" if worst["other"] else "")
         lines.append(f"| {name} {CLAIMS[name][0]} | {worst['mean']:+.2f} {worst['metric']}, {where} | {span} | "
                      f"{worst['seeds']} | {claim['p_holm']:.3f} | {worst['sign_flip']:.3f} | **{claim['verdict']}** |")

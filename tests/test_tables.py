@@ -28,6 +28,7 @@ def write_record(root, row, seed, test, train=0.9, data="d", **config):
               "multiply_adds": 73_300_000, "train_seconds": 10.0, "environment": {"device": "a CPU"},
               "metrics": {"test": {"accuracy": test}, "train": {"accuracy": train}}}
     (folder / f"seed{seed}.json").write_text(json.dumps(record))
+    np.savez(folder / f"seed{seed}.npz", accuracy=np.full(50, test))  # no error by the choice of images
 
 
 def table(root, *flags):
@@ -42,8 +43,8 @@ def test_differences_are_paired_by_seed(tmp_path):
         write_record(tmp_path, "stride-2-32", seed, other, down="stride")
     rows = table(tmp_path)
     assert list(rows) == list(metrics.REPORT["table1"])
-    assert rows["maxpool-2-32"][:4] == ["85.00 ± 12.42", "92.41", "90.00 ± 0.00", "99.04"]  # 4.3027 * 5 / sqrt(3)
-    assert rows["stride-2-32"][:2] == ["+1.33 ± 1.43", "-1.15"]  # 4.3027 * 0.57735 / sqrt(3): pairing removes the seeds
+    assert rows["maxpool-2-32"][:4] == ["85.00 ± 12.42", "92.41 ✓", "90.00 ± 0.00", "99.04 ✗"]  # 4.3027 * 5 / sqrt(3)
+    assert rows["stride-2-32"][:2] == ["+1.33 ± 1.43", "-1.15 ✓"]  # 4.3027 * 0.57735 / sqrt(3): pairing removes the seeds
     assert rows["stride-2-32"][4:] == ["3", "1.50 M", "73 M", "10 s"]
     assert rows["stride-2-16"][0] == "not run" and rows["stride-2-16"][4] == "0 of 3"
 
@@ -113,16 +114,6 @@ def test_tables_rendered_side_by_side_all_reach_the_page(tmp_path, monkeypatch):
         list(pool.map(lambda name: metrics.put_between_markers(page, name, f"{name}\n"), names))
     assert page.read_text() == "".join(f"<!-- {name} -->\n{name}\n<!-- /{name} -->\n" for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
-
-
-@pytest.mark.parametrize("dof, expected", [(1, 12.7062), (2, 4.30265), (5, 2.57058), (30, 2.04227)])
-def test_t_quantile_is_the_textbook_value(dof, expected):
-    assert metrics.t_quantile(dof) == pytest.approx(expected, abs=1e-4)
-
-
-def test_interval_by_hand():
-    mean, half = metrics.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
 
 
 # ---- make ----
@@ -299,33 +290,21 @@ def test_standard_error_adds_seeds_and_test_set(tmp_path):
                 "config": {"protocol": "small", "seed": seed}, "data": "d", "metrics": {"test": score}}))
             np.savez(folder / f"seed{seed}.npz", prediction=np.arange(10_000) < right, target=np.ones(10_000, bool))
     rows = metrics.load_records(tmp_path / "small/table1", "small")
-    mean, error, differences = metrics.effect(rows, "maxpool-2-32-noact", "maxpool-2-32", "accuracy")
-    assert differences == pytest.approx([-2.0, -2.2]) and mean == pytest.approx(-2.1)
+    ours = metrics.estimate(rows, "maxpool-2-32-noact", "maxpool-2-32", "test", "accuracy")
+    assert ours.values == pytest.approx([-2.0, -2.2]) and ours.mean == pytest.approx(-2.1)
     from_seeds, from_images = 0.1, 100 * math.sqrt(0.02 * 0.98 / 10_000)  # points
-    assert error == pytest.approx(math.hypot(from_seeds, from_images), rel=0.05)
+    assert [math.sqrt(part.variance) for part in ours.error] == pytest.approx([from_seeds, from_images], rel=0.05)
+    assert [float(part.dof) for part in ours.error] == pytest.approx([1, 9_999])
+    wide, one_more = from_seeds * 12.7062, from_seeds * 12.7062 * math.sqrt(3)  # t of 1 degree; 1 + 1/n against 1/n
+    assert ours.half == pytest.approx(math.hypot(wide, 1.96 * from_images), rel=0.05)
+    edge = math.hypot(one_more, 1.96 * from_images)
+    assert ours.holds(-2.1 + 0.97 * edge) and not ours.holds(-2.1 + 1.03 * edge)
 
 
-def test_sign_flip_by_hand():
-    assert metrics.sign_flip([1.0, 2.0, 3.0]) == 2 / 8  # only all + and all - are as extreme
-    assert metrics.sign_flip([1.0, -1.0]) == 1
-    assert metrics.sign_flip([1.0] * 6) == 2 / 64
-
-
-def test_holm_by_hand():
-    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert metrics.holm([0.5, 0.6]) == [1.0, 1.0]
-
-
-def test_evidence():
-    inside, outside = metrics.evidence(0.0, 0.1, 5, -2, 2)
-    assert inside < 1e-5 and outside > 0.999
-    inside, outside = metrics.evidence(-5.0, 0.1, 5, -math.inf, -1)
-    assert inside < 1e-5 and outside > 0.999
-    inside, outside = metrics.evidence(3.0, 0.1, 5, -math.inf, -1)
-    assert inside > 0.999 and outside < 1e-5
-    assert metrics.evidence(2.0, 1.0, 2, 2, math.inf)[0] == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("t, dof, expected", [(0, 3, 0.5), (1, 1, 0.75), (2.57058, 5, 0.975), (-2.57058, 5, 0.025)])
-def test_t_cdf_is_the_textbook_value(t, dof, expected):
-    assert metrics.t_cdf(t, dof) == pytest.approx(expected, abs=1e-6)
+def test_a_difference_is_over_the_seeds_that_both_rows_have(tmp_path):
+    for row, seeds in (("maxpool-2-32", range(4)), ("stride-1-32", range(1, 4)), ("stride-2-32", range(4))):
+        for seed in seeds:
+            write_record(tmp_path, row, seed, 0.5 + 0.01 * seed + (0.02 if row == "stride-1-32" else 0))
+    rows = metrics.load_records(tmp_path / "small/table1", "small")
+    ours = metrics.estimate(rows, "stride-1-32", "maxpool-2-32", "test", "accuracy")
+    assert len(ours.values) == 3 and ours.mean == pytest.approx(2) and ours.half == pytest.approx(0, abs=1e-6)
