@@ -163,8 +163,8 @@ $(RESULTS)/claims.md: $(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/atten
 
 $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
-$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: metrics.py | $(ENV)
-	$(PY) metrics.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS)) --page README.md
+$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: study.py | $(ENV)
+	$(PY) study.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS))
 
 .PHONY: $(ROWS)
 $(foreach row,$(ROWS),$(eval $(row): $(call records,$(row))))
@@ -238,7 +238,7 @@ $(TRAINED:=/parity.json): %/parity.json: %.json
 
 # asked for both, the bench waits until the machine is quiet
 bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner | $(filter export,$(MAKECMDGOALS))
-	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE) --page README.md
+	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE)
 
 # needs libpng-dev and libjpeg-dev; linked like this, torch's CUDA build needs no CUDA toolkit; RPATH, not RUNPATH, since
 # a .pt2 loads libtorch as well

@@ -36,6 +36,8 @@ from torchvision import datasets
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from lab.files import BadInput
+
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
 FACADE_CLASSES = ("others", "facade", "pillar", "window", "balcony")
 # Okabe and Ito's colours, which every kind of colour vision tells apart
@@ -60,10 +62,6 @@ FACADE_TEST_PHOTOS = [int(photo) for photo in """
 323 206 303 350 317 268 57 49 75 234 239 141 368 50 69 223 172 221 299 94 310 344 363 297 341 325 92 207 5 296 96 258 9
 84 19 257 253 201 206 197 303 317 268 186 76 372 235 57 49 239 31 324 1 171 50 69 223 172 221 299 187 94 310 212 7 363
 297 92 183 5 19 142 154 262 337 66 228 201 34 339 197""".split()]
-
-
-class BadInput(ValueError):
-    """Something the user gave is wrong: the message says what, where and what to do."""
 
 
 @dataclass(frozen=True)

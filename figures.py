@@ -12,7 +12,10 @@ from torch import Tensor
 
 import data
 import metrics
+import study
 from data import Dataset
+from lab import records
+from lab.statistics import detectable
 
 matplotlib.use("Agg")  # draws to files, needs no screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -86,17 +89,18 @@ def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
 
 def draw_differences(rows: dict, table: str) -> Figure:
     """A row's difference from the base in each test metric: ours with its 95 % interval, and the report's."""
-    columns = [(i, *column) for i, column in enumerate(metrics.COLUMNS[table]) if column[1] == "test"]
+    columns = {column: (name, key) for column, (name, split, key) in study.COLUMNS[table].items()
+               if split == "test"}
     base_row, *others = rows
     figure, axes = plt.subplots(1, len(columns), sharey=True, squeeze=False, layout="constrained",
                                 figsize=(3 + 3.4 * len(columns), 1.6 + 0.27 * len(others)))
-    for ax, (i, name, split, key) in zip(axes[0], columns):
+    for ax, (column, (name, key)) in zip(axes[0], columns.items()):
         for y, row in enumerate(others):
-            ours = metrics.estimate(rows, row, base_row, split, key)
+            ours = study.estimate(rows, row, base_row, "test", key)
             if ours.values:
                 ax.errorbar(ours.mean, y + 0.12, xerr=None if np.isnan(ours.half) else ours.half, fmt="o",
                             color="#0072B2", capsize=3)
-            reported = metrics.REPORT[table].get(row, [None] * 4)[i + 1]
+            reported = study.REPORT[table].get(row, ("", {}))[1].get(column)
             if reported is not None:
                 ax.plot(reported, y - 0.12, "D", color="#E69F00", mec="black", mew=0.6)
         ax.axvline(0, color="black", lw=0.8)
@@ -106,6 +110,40 @@ def draw_differences(rows: dict, table: str) -> Figure:
     handles = [plt.Line2D([], [], marker="o", color="#0072B2", ls="", label=f"ours, {seeds_of(rows)}"),
                plt.Line2D([], [], marker="D", color="#E69F00", mec="black", ls="", label="the report, one run")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def draw_power(tables: dict[str, dict], protocol: str) -> Figure:
+    """How large an effect so many seeds decide, in a row's own spread and in points of each table."""
+    seeds = np.arange(3, 11)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
+    claims, rows = len(study.CLAIMS), max(len(report) for report in study.REPORT.values())
+    effects = [detectable(n, rows, claims) for n in seeds]
+    left.plot(seeds, effects, "o-", color="black")
+    left.set(ylabel="effect decided (spreads of a row over seeds)", ylim=(0, 1.12 * effects[0]),
+             title="two rows alike, without a test set's error")
+    styles = zip((BLUE, ORANGE, GREEN), "osD")
+    for (name, part), (colour, marker) in zip(study.median_errors(tables).items(), styles):
+        found = [detectable(n, part["rows"], claims, part["spread"], part["test_set"], part["units"])
+                 for n in seeds]
+        right.plot(seeds, found, marker=marker, color=colour,
+                   label=f"{name}: spread {part['spread']:.2f}, test set ± {part['test_set']:.2f}")
+        for n in (3, 4, 6, 10):
+            right.annotate(f"{found[n - 3]:.1f}", (n, found[n - 3]), xytext=(0, 6), ha="center",
+                           textcoords="offset points", fontsize=8)
+    for n in (3, 4, 6, 10):
+        left.annotate(f"{effects[n - 3]:.1f}", (n, effects[n - 3]), xytext=(0, 6), ha="center",
+                      textcoords="offset points", fontsize=8)
+    right.set(ylabel="effect decided (points)", yscale="log", title=f"protocol {protocol}, median row")
+    right.margins(y=0.12)
+    right.yaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9,
+                  title="standard deviation over seeds, and standard error by the choice of test images")
+    for ax in (left, right):
+        ax.set(xlabel="seeds of each row", xticks=seeds)
+        ax.grid(alpha=0.3, which="both")
+    figure.suptitle(f"Distance from the edge of a claim's range that is decided with 80 % probability, "
+                    f"as the hardest of {claims} claims", fontsize=11)
     return figure
 
 
@@ -217,7 +255,7 @@ def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> F
 
 def across_seeds(seeds: dict[int, dict], key: str) -> tuple[float, float]:
     """Mean of a test metric over a row's records and the half width of its 95 % interval, in percent."""
-    mean, half = metrics.interval([100 * record["metrics"]["test"][key] for record in seeds.values()])
+    mean, half = records.interval([record["metrics"]["test"][key] for record in seeds.values()])
     return mean, 0.0 if np.isnan(half) else half
 
 

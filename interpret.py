@@ -31,8 +31,10 @@ import engine
 import figures
 import metrics
 import models
+import study
 from data import BadInput, Composites, Dataset, Split
 from engine import flag
+from lab import records
 
 TEST_GRIDS = 1  # seed of the held-out grids, as in data.load_composites
 
@@ -349,8 +351,10 @@ def draw_study(protocol: str, results: Path) -> None:
     folder = results / protocol
     pictures = {"hourglass.png": figures.draw_architecture(
         traced(models.HourGlass(2, 2), (3, 64, 64)), "HourGlass(2, 2): channels of each block")}
-    for table in metrics.REPORT:
-        rows = metrics.load_records(folder / table, protocol)
+    tables = {table: study.load_records(folder / table, protocol) for table in study.REPORT}
+    if all(len(next(iter(rows.values()), {})) > 1 for rows in tables.values()):
+        figures.save(figures.draw_power(tables, protocol), results / "power.png")
+    for table, rows in tables.items():
         if not rows:
             print(f"{folder / table} has no record yet, so no figure")
             continue
@@ -358,18 +362,18 @@ def draw_study(protocol: str, results: Path) -> None:
                      figures.draw_curves(rows)}
         if table == "table2":
             pictures["imbalance.png"] = figures.draw_imbalance(next(iter(next(iter(rows.values())).values())))
-    rows = metrics.load_records(folder / "attention", protocol)
+    rows = study.load_records(folder / "attention", protocol)
     if rows:
         pictures["ties.png"] = figures.draw_ties(rows)
         if swept := rows.get("frozen-tie0"):
-            sweep = metrics.mean_arrays(swept, ("sweep_accuracy", "sweep_consistency"))
+            sweep = records.mean_arrays(swept, ("sweep_accuracy", "sweep_consistency"))
             pictures["shifts.png"] = figures.draw_shifts("frozen", swept, sweep)
         names = next(iter(next(iter(rows.values())).values()))["trained"]["about_data"]["classes"]
-        confusions = {f"{row}, all seeds": metrics.summed_confusion(rows[row], len(names))
+        confusions = {f"{row}, all seeds": records.summed_confusion(rows[row], len(names))
                       for row in ("frozen-tie0.9", "scratch-tie0.9") if row in rows}
         if confusions:
             pictures["confusion.png"] = figures.draw_confusions(confusions, names)
-    rows = metrics.load_records(folder / "equivariance", protocol)
+    rows = study.load_records(folder / "equivariance", protocol)
     if rows:
         pictures["equivariance.png"] = figures.draw_equivariance(rows)
     for name, figure in pictures.items():

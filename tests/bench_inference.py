@@ -71,7 +71,6 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, ...")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
     record: str = flag("results/bench/inference.json", "file of the results; a .png of the same name beside it")
-    page: str | None = flag(None, "file to put the table into, between <!-- inference --> markers")
     only: str | None = flag(None, "time this form alone, in this process, and print the times as JSON")
     batch: int = flag(1, "images a pass, with --only")
 
@@ -288,9 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     engine.write_atomic(path, (json.dumps(engine.jsonable(record), indent=1) + "\n").encode())
     draw(record, path.with_suffix(".png"))
+    engine.write_atomic(path.with_suffix(".md"), render(record).encode())
     print(render(record))
-    if cfg.page:
-        metrics.put_between_markers(Path(cfg.page), "inference", render(record))
 
 
 if __name__ == "__main__":

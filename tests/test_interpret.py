@@ -13,6 +13,7 @@ import engine
 import figures
 import interpret
 import metrics
+import study
 import models
 import train_cls
 import train_seg
@@ -145,7 +146,7 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path):
     assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
     assert {path.name for path in folder.parent.glob("*.png")} == {"hourglass.png", "ties.png", "shifts.png",
                                                                   "confusion.png", "equivariance.png"}
-    metrics.main(["attention", "--protocol", "smoke", "--results", str(tmp_path / "results")])
+    study.main(["attention", "--protocol", "smoke", "--results", str(tmp_path / "results")])
     text = (folder.parent / "attention.md").read_text()
     assert "`frozen-tie0`" in text and "over all 841 shifts" in text and "| `stride` |" in text
 

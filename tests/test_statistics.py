@@ -68,6 +68,14 @@ def test_one_sum_over_all_sources_would_be_wrong():
     assert (statistics.tail(means, (seed, test_set)) < level).mean() < level
 
 
+@pytest.mark.parametrize("seeds", [3, 6])
+def test_what_is_said_to_be_detectable_is_detected_four_times_in_five(seeds):
+    effect = statistics.detectable(seeds, ROWS, 13, spread=1.0, test_set=0.3, units=PHOTOS)
+    means, error = studies(seeds, 0.0, 0.0, away=0, count=4000)
+    inside, _ = statistics.evidence(means + effect, error, 0.0, math.inf)
+    assert (2 * 13 * inside < statistics.LEVEL).mean() == pytest.approx(0.8, abs=0.02)
+
+
 # ---- by hand, and against SciPy ----
 
 def test_two_rows_are_the_paired_t_test():
