@@ -1,6 +1,7 @@
 """The pictures of a trained model: made from a finished run's checkpoint, of its own data alone."""
 
 import json
+import shutil
 
 import matplotlib.image
 import numpy as np
@@ -74,6 +75,7 @@ def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, caps
             path = tmp_path / f"results/smoke/table2/{row}/seed{seed}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record))
+            shutil.copy(trained.with_suffix(".npz"), path.with_suffix(".npz"))
     assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
     assert {path.name for path in (tmp_path / "results/smoke").glob("*.png")} == {"table2.png", "table2-curves.png",
                                                                                  "imbalance.png", "hourglass.png"}
@@ -185,9 +187,10 @@ def test_the_architecture_is_read_off_the_modules():
     assert not any(block["joins"] for block in interpret.traced(models.HourGlass(1, 2, inter_skip=False), (3, 32, 32)))
 
 
-def test_differences_show_ours_and_the_reports():
+def test_differences_show_ours_and_the_reports(tmp_path):
     def record(value):
-        return {"metrics": {"test": {"accuracy": value}}}
+        np.savez(tmp_path / f"{value}.npz", accuracy=np.full(9, value))
+        return {"metrics": {"test": {"accuracy": value}}, "path": str(tmp_path / f"{value}.json")}
     rows = {"maxpool-2-32": {0: record(0.9), 1: record(0.9)}, "stride-2-32": {0: record(0.88), 1: record(0.89)},
             "my-own": {0: record(0.95)}}
     ax = figures.draw_differences(rows, "table1").axes[0]
