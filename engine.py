@@ -42,11 +42,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import models
 from data import BadInput, Dataset, Split
+from progress import Progress, progress
 
 SOURCE = Path(__file__).parent
 
@@ -672,7 +672,7 @@ def fit(run: Run, loss_fn: Callable[[Tensor, Tensor], Tensor], flip: bool = Fals
     """Train the run's model to its last epoch, with a checkpoint after each.
 
     loss_fn(logits float32, targets uint8) -> scalar. The step never waits for the device: the loss
-    is read once a second for the progress bar and once an epoch for the record. FloatingPointError
+    is read once a second for whoever watches and once an epoch for the record. FloatingPointError
     if it is not finite; the last checkpoint then holds the weights of the epoch before. Of several
     processes, only the first returns.
     """
@@ -695,8 +695,8 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
     start = shown = time.perf_counter()
     run.model.train()
     first, total = run.begin_epoch()
-    bar = tqdm(total=(steps - first) * min(cfg.batch, len(run.data.train)), unit="img", leave=False,
-               disable=None if rank() == 0 else True, desc=f"epoch {epoch + 1}/{cfg.epochs}")
+    bar = Progress(f"epoch {epoch + 1}/{cfg.epochs}",
+                   (steps - first) * min(cfg.batch, len(run.data.train)), silent=rank() > 0)
     for step, (images, targets) in enumerate(
             data.shuffled_batches(run.data, cfg.batch, cfg.seed, epoch, flip, first), first + 1):
         for group in run.optimizer.param_groups:
@@ -711,7 +711,7 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
         bar.update(len(images))
         if time.perf_counter() - shown > 1:
             shown = time.perf_counter()
-            bar.set_postfix(loss=f"{checked(total / step, epoch):.4f}")
+            bar.say(f"loss {checked(total / step, epoch):.4f}")
         if step < steps and (stop := any_signal(stops)):
             checked(total, epoch)
             run.seconds += time.perf_counter() - start
@@ -741,4 +741,5 @@ def checked(loss: Tensor, epoch: int) -> float:
 def predict(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> Tensor:
     """Logits of a whole split in order, in evaluation mode: float32 (N, classes, ...) on its device."""
     model.eval()
-    return torch.cat([forward(model, images, dtype) for images, _ in data.batches(dataset, split, batch)])
+    parts = progress(data.batches(dataset, split, batch), "evaluation", -(-len(split) // batch))
+    return torch.cat([forward(model, images, dtype) for images, _ in parts])

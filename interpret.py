@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ import metrics
 import models
 from data import BadInput, Composites, Dataset, Split
 from engine import flag
+from progress import progress
 
 TEST_GRIDS = 1  # seed of the held-out grids, as in data.load_composites
 
@@ -80,7 +82,8 @@ def activation_maps(model: nn.Module, features: Tensor) -> Tensor:
 def look(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) of a split, and the class activation maps (N, classes, h, w) that they sum."""
     maps = []
-    for images, _ in data.batches(dataset, split, batch):
+    batches = data.batches(dataset, split, batch)
+    for images, _ in progress(batches, "attention", -(-len(split) // batch)):
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             features = model.features(images)
         maps.append(activation_maps(model, features))
@@ -163,8 +166,10 @@ def sweep_shifts(bench: Bench, count: int) -> dict[str, Tensor]:
     """
     start = bench.grids(count, cell=0).split
     side = start.images.shape[-1] // 2 + 1
-    predictions = torch.stack([torch.stack([bench.predict(bench.grids(count, cell=0, shift=(down, right)).split)
-                                            for right in range(side)]) for down in range(side)])
+    shifts = list(itertools.product(range(side), repeat=2))
+    predictions = torch.stack([bench.predict(bench.grids(count, cell=0, shift=shift).split)
+                               for shift in progress(shifts, "sweep", unit="shifts")])
+    predictions = predictions.view(side, side, -1)
     right = (predictions == start.targets).double()
     whole = right[::side - 1, ::side - 1]
     return {"sweep_accuracy": right.mean(2).float(),
@@ -202,7 +207,8 @@ def equivariance_error(model: nn.Module, images: Tensor, shifts: int = 8) -> lis
     norm = features.flatten(1).norm(dim=1)
     error = lambda down, right: (model.features(images.roll((down, right), (2, 3))) - fourier_shift(
         features, down / model.stride, right / model.stride)).flatten(1).norm(dim=1) / norm
-    return [[error(down, right).mean().item() for right in range(shifts)] for down in range(shifts)]
+    moves = progress(list(itertools.product(range(shifts), repeat=2)), "equivariance", unit="shifts")
+    return torch.stack([error(*move).mean() for move in moves]).view(shifts, shifts).tolist()
 
 
 def measure(cfg: Config) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lab.statistics import LEVEL, Part, claim, evidence, half_width, holm, own_spread, row_spreads, sign_flip, sum_of
+from progress import progress
 
 # The report's tables, in percent, in its order: name, then the value of each column. The first row is absolute,
 # the others are differences from it. Rows that the report lacks have None.
@@ -142,7 +143,8 @@ def average_precisions(scores: Tensor, target: Tensor) -> list[float]:
     scores (N, C, ...), target (N, ...) with values in [0, C); NaN for a class the target lacks.
     """
     target = target.reshape(-1)
-    return [average_precision(scores[:, c].reshape(-1), target == c) for c in range(scores.shape[1])]
+    classes = progress(range(scores.shape[1]), "average precision", unit="classes")
+    return [average_precision(scores[:, c].reshape(-1), target == c) for c in classes]
 
 
 BINS = 192  # of log-odds from -12 to 12, an eighth each

@@ -37,6 +37,7 @@ import metrics
 import models
 import train_cls
 import train_seg
+from progress import progress
 
 BATCH, SIZE, STEPS, ROUNDS = 8, 256, 2, 4  # the study's size; the batch that a CPU takes
 
@@ -187,7 +188,7 @@ def main() -> None:
     environment = engine.environment(device, engine.pick_dtype("auto", device))
     print(f"{environment['device']}, torch {environment['torch']}")
     engines, plains, fixed = zip(*[[apart(loop) for loop in ("engine", "plain", "deterministic")]
-                                   for _ in range(ROUNDS)])
+                                   for _ in progress(range(ROUNDS), "training steps", unit="rounds")])
     results = [compare(f"training step, HourGlass(2*32), batch {BATCH}, {SIZE} pixels", "plain loop",
                        list(zip(engines, plains))),
                compare("the same step with --deterministic", "without", list(zip(fixed, engines)))]
@@ -202,7 +203,7 @@ def main() -> None:
     for share in (0.024, 0.4):  # a rare class and a frequent one
         positive = torch.rand(len(scores)) < 2 * share * scores
         pairs = []
-        for _ in range(3):
+        for _ in progress(range(3), "average precision", unit="rounds"):
             start = time.perf_counter()
             ours = metrics.average_precision(scores, positive)
             middle = time.perf_counter()

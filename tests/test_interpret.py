@@ -14,6 +14,7 @@ import figures
 import interpret
 import metrics
 import models
+import progress
 import train_cls
 import train_seg
 
@@ -117,13 +118,17 @@ def test_features_move_exactly_by_whole_strides_once_there_is_no_border(down):
     assert max(circular[0][0], circular[0][4], circular[4][4]) < 1e-5 and circular[1][0] > 1e-2
 
 
-def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path):
+def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0)  # what takes long says how far it is, at every step
+
     def measure(name, seed_folder):
         flags = ("--measure", surrogates[name], "--out", seed_folder, "--images", 40, "--sweep-images", 2)
         assert draw(*flags, "--data-root", fashion_root) == 0
 
     folder = tmp_path / "results/smoke/attention"
     measure("frozen", folder / "frozen-tie0")
+    told = capsys.readouterr().err
+    assert "attention: 100 % of 1 batches" in told and "sweep: 50 % of 841 shifts" in told
     measure("scratch", folder / "scratch-tie0.9")
     record = json.loads((folder / "frozen-tie0/seed0.json").read_text())
     scores, arrays = record["metrics"]["test"], np.load(folder / "frozen-tie0/seed0.npz")
@@ -142,6 +147,7 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path):
     assert (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns == before  # made once
     for row in ("base", "stride"):
         measure(row, folder.parent / "equivariance" / row)
+        assert "equivariance: 50 % of 64 shifts" in capsys.readouterr().err
     assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
     assert {path.name for path in folder.parent.glob("*.png")} == {"hourglass.png", "ties.png", "shifts.png",
                                                                   "confusion.png", "equivariance.png"}
