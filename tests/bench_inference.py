@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import onnxruntime
 import torch
@@ -29,13 +28,11 @@ from torch import Tensor
 import data
 import engine
 import export
+import figures
 import metrics
 import models
 from data import BadInput
 from engine import flag
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 BASE = "eager"
 BACKENDS = {  # name: how it runs, the exported form that it reads, the type that it computes in
@@ -235,7 +232,7 @@ def render(record: dict) -> str:
 def draw(record: dict, path: Path) -> None:
     """Speed against the metric: a marker a form, and the line that an 8-bit form may not fall below."""
     key, label = ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
-    figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    figure, ax = figures.subplots(figsize=(9, 4.2))
     colours = {"float32": "#0072B2", "f32": "#0072B2", "bfloat16": "#009E73", "bf16": "#009E73", "int8": "#D55E00"}
     for row, marker in zip(record["results"], "o^sDvPX*hpd<>xHs^"):
         colour = colours["int8" if "int8" in row["name"] else BACKENDS[row["name"]][2]]
@@ -251,8 +248,7 @@ def draw(record: dict, path: Path) -> None:
            ylabel=f"test {label} (%)")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,8 +1,10 @@
 """The pictures of a trained model: made from a finished run's checkpoint, of its own data alone."""
 
 import json
+import os
+import subprocess
+import sys
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,7 @@ def draw(*flags):
 
 def test_segmentation_figure(trained, tiny_root, tmp_path):
     assert draw("--checkpoint", trained, "--data-root", tiny_root, "--figure", tmp_path / "new/figure.png") == 0
-    picture = matplotlib.image.imread(tmp_path / "new/figure.png")
+    picture = np.asarray(Image.open(tmp_path / "new/figure.png"))
     assert picture.shape[0] > 800 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 500
 
 
@@ -52,6 +54,17 @@ def test_classification_figure(fashion_root, tmp_path):
     assert engine.guard(lambda: train_cls.main(argv)) == 0
     assert draw("--checkpoint", tmp_path / "seed0.pt", "--data-root", fashion_root, "--figure", tmp_path / "f.png") == 0
     assert (tmp_path / "f.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["module://matplotlib_inline.backend_inline", "typo"])
+def test_the_way_that_a_notebook_shows_pictures_is_left_alone(tmp_path, name):
+    code = ("import bench_inference, figures, os, sys; "
+            "figures.save(figures.subplots()[0], figures.Path(sys.argv[1], 'figure.png')); "
+            f"assert 'matplotlib.pyplot' not in sys.modules and os.environ['MPLBACKEND'] == {name!r}")
+    path = os.pathsep.join([str(engine.SOURCE), str(engine.SOURCE / "tests")])
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True,
+                   env={**os.environ, "MPLBACKEND": name, "PYTHONPATH": path})
+    assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_rows_are_the_best_the_median_and_the_worst(tiny_root):
