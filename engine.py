@@ -46,7 +46,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import models
 from data import BadInput, Dataset, Split
-from progress import Progress, progress
+from lab.progress import Progress, progress
 
 SOURCE = Path(__file__).parent
 

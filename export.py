@@ -124,7 +124,7 @@ import metrics
 import models
 from data import BadInput
 from engine import flag
-from progress import progress
+from lab.progress import progress
 
 warnings.filterwarnings("ignore", "`torch.jit|torch.quantize_per_tensor")  # deprecated; here they make one form of many
 INPUT = "images"

@@ -34,7 +34,7 @@ import metrics
 import models
 from data import BadInput, Composites, Dataset, Split
 from engine import flag
-from progress import progress
+from lab.progress import progress
 
 TEST_GRIDS = 1  # seed of the held-out grids, as in data.load_composites
 

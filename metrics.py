@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lab.progress import progress
 from lab.statistics import LEVEL, Part, claim, evidence, half_width, holm, own_spread, row_spreads, sign_flip, sum_of
-from progress import progress
 
 # The report's tables, in percent, in its order: name, then the value of each column. The first row is absolute,
 # the others are differences from it. Rows that the report lacks have None.

@@ -37,7 +37,7 @@ import metrics
 import models
 import train_cls
 import train_seg
-from progress import progress
+from lab.progress import progress
 
 BATCH, SIZE, STEPS, ROUNDS = 8, 256, 2, 4  # the study's size; the batch that a CPU takes
 
@@ -195,7 +195,8 @@ def main() -> None:
     if device.type == "cpu" and torch.get_num_threads() > 1:
         for loop, name in (("hourglass", "HourGlass(2*32), batch 8, 128 pixels"),
                            ("vgg-resnet", "VGG-ResNet(2,32,maxpool), batch 128, 28 pixels")):
-            pairs = [(apart(loop, 2), apart(loop)) for _ in range(ROUNDS)]
+            pairs = [(apart(loop, 2), apart(loop))
+                     for _ in progress(range(ROUNDS), "rows side by side", unit="rounds")]
             results.append(compare(f"training step, {name}, two side by side, a row's share",
                                    "one after the other", pairs))
     torch.manual_seed(0)

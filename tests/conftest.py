@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import data
-import progress
+from lab import progress
 
 progress.EVERY = math.inf  # else how fast the machine is would decide which test reads such a line
 

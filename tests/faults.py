@@ -30,7 +30,7 @@ import data
 import engine
 import train_cls
 import train_seg
-from progress import progress
+from lab.progress import progress
 
 SCRIPTS = {"train_cls": train_cls, "train_seg": train_seg}
 FLAGS = {"train_cls": ["--train-images", "512", "--width", "4", "--epochs", "4"],

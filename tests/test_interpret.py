@@ -16,9 +16,9 @@ import figures
 import interpret
 import metrics
 import models
-import progress
 import train_cls
 import train_seg
+from lab import progress
 
 
 @pytest.fixture

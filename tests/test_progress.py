@@ -13,8 +13,8 @@ import torch
 
 import engine
 import export
-import progress
 import train_seg
+from lab import progress
 
 LINE = re.compile(r"(.*): (\d+) % of (\d+) (\w+), \d\d:\d\d gone, \d\d:\d\d to go(, loss [\d.]+)?")
 
@@ -58,8 +58,9 @@ def test_the_inner_one_is_silent_until_the_outer_one_ended_or_broke(every, capsy
 def test_a_terminal_gets_a_bar_instead():
     main, other = pty.openpty()
     termios.tcsetwinsize(other, (24, 80))
-    code = ("import progress, time; progress.EVERY = 0; bar = progress.Progress('work', 4); "
-            "bar.say('loss 1'); time.sleep(0.2); bar.update(4); bar.close()")
+    code = ("import time; from lab import progress; progress.EVERY = 0; "
+            "bar = progress.Progress('work', 4); bar.say('loss 1'); "
+            "time.sleep(0.2); bar.update(4); bar.close()")
     subprocess.run([sys.executable, "-c", code], stderr=other, check=True, cwd=engine.SOURCE)
     told = os.read(main, 10_000).decode()
     os.close(main)
