@@ -7,9 +7,11 @@ matplotlib's viridis and PuOr, which every kind of colour vision tells apart.
 import io
 import os
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 import data
@@ -30,6 +32,8 @@ if CHOSEN is not None:
 PALETTE = np.array(data.FACADE_PALETTE, dtype=np.uint8)
 WRONG = np.array((204, 121, 167), dtype=np.uint8)  # the same set's purple, no class has it
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+PAGE = 10  # a user's images on one picture: about three screens high
+PANEL = 512  # pixels that an image keeps under a map: a panel is half as wide, the rest is time
 
 
 def subplots(rows: int = 1, columns: int = 1, figsize: tuple[float, float] = (6, 4),
@@ -39,25 +43,46 @@ def subplots(rows: int = 1, columns: int = 1, figsize: tuple[float, float] = (6,
     return figure, figure.subplots(rows, columns, **how)
 
 
-def save(figure: Figure, path: Path) -> None:
+def write(figure: Figure, path: Path) -> None:
     """Write the figure, whole or not at all, in the format that the file's name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format=path.suffix[1:])
     engine.write_atomic(path, picture.getbuffer())
+
+
+def save(figure: Figure, path: Path) -> None:
+    write(figure, path)
     print(f"figure {path}")
+
+
+def save_pages(draw: Callable[[tuple], Figure], items: tuple, path: Path) -> None:
+    """Write draw(items), or a page of it for every PAGE items: PATH-1, PATH-2 and so on.
+
+    The pages are drawn one at a time: a figure's layout takes the longer for a panel the more it has.
+    """
+    pages = range(0, len(items), PAGE)
+    for i in pages:
+        page = path if len(pages) == 1 else path.with_stem(f"{path.stem}-{i // PAGE + 1}")
+        write(draw(items[i:i + PAGE]), page)
+    several = f"s {path.with_stem(f'{path.stem}-1')} to" if len(pages) > 1 else ""
+    print(f"figure{several} {page}")
 
 
 # ---- predictions of one run ----
 
-def draw_segmentation(dataset: Dataset, logits: Tensor, title: str) -> Figure:
+def title_of(dataset: Dataset, score: str) -> str:
+    return f"{dataset.name}, {len(dataset.test)} {dataset.held_out} images: {score}"
+
+
+def draw_segmentation(dataset: Dataset, logits: Tensor, scores: dict) -> Figure:
     """Four columns (image, truth, prediction, errors), a row for the best, the median and the two worst images."""
     names, split, prediction = dataset.classes, dataset.test, logits.argmax(1).cpu()
-    scores = []
+    each = []
     for guess, truth in zip(prediction, split.targets):
         iou = metrics.ious(metrics.confusion(guess, truth, len(names)))
-        scores.append(metrics.mean_present(iou))
-    order = np.argsort(scores)[::-1]
+        each.append(metrics.mean_present(iou))
+    order = np.argsort(each)[::-1]
     n = len(order)
     rows = {"best": 0, "median": n // 2, "next to worst": n - 2, "worst": n - 1}
     figure, axes = subplots(len(rows), 4, figsize=(8.4, 2.15 * len(rows) + 0.9))
@@ -71,15 +96,15 @@ def draw_segmentation(dataset: Dataset, logits: Tensor, title: str) -> Figure:
         for ax, (name, panel) in zip(row, panels.items()):
             ax.imshow(panel, interpolation="nearest")
             ax.set(xticks=[], yticks=[], title=name if label == "best" else "")
-        row[0].set_ylabel(f"{label}: no. {i}\nmean IoU {100 * scores[i]:.0f} %")
+        row[0].set_ylabel(f"{label}: no. {i}\nmean IoU {100 * each[i]:.0f} %")
         row[3].set_xlabel(f"{100 * wrong.mean():.0f} % of pixels wrong")
     figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=name)
                            for name, colour in zip(names, PALETTE)], loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(title_of(dataset, f"MAP {100 * scores['map']:.1f} %, WGAP {100 * scores['wgap']:.1f} %"))
     return figure
 
 
-def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
+def draw_classification(dataset: Dataset, logits: Tensor, scores: dict) -> Figure:
     """Two rows, a column for each class: its first image that is predicted right, its first that is wrong."""
     probability, prediction = (t.cpu() for t in logits.softmax(1).max(1))
     right = prediction == dataset.test.targets
@@ -95,7 +120,7 @@ def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
                 ax.set_xlabel(f"{dataset.classes[prediction[i]]}\n{100 * probability[i]:.0f} %")
             else:
                 ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes)
-    figure.suptitle(title)
+    figure.suptitle(title_of(dataset, f"accuracy {100 * scores['accuracy']:.2f} %"))
     return figure
 
 
@@ -335,8 +360,10 @@ def draw_overlays(images: list[np.ndarray], maps: list[np.ndarray], names: list[
     for line, image, layers, name, labels in zip(axes, images, maps, names, captions):
         extent = (0, image.shape[1], image.shape[0], 0)
         scale = np.abs(layers).max()
+        small = Image.fromarray(image).convert("RGB")
+        small.thumbnail((PANEL, PANEL))
         for ax in line:
-            ax.imshow(image if image.ndim == 3 else np.repeat(image[..., None], 3, 2), extent=extent)
+            ax.imshow(small, extent=extent)
             ax.set(xticks=[], yticks=[])
         line[0].set_title(name, fontsize=9, parse_math=False)  # a file's name is no formula
         for ax, layer, label in zip(line[1:], layers, labels):

@@ -244,16 +244,13 @@ def measure(cfg: Config) -> None:
         "data": hashlib.sha256(made_of.encode()).hexdigest(), "environment": engine.environment(device, bench.dtype),
         "trained": trained, "metrics": {"test": scores}, **more})
     if arrays:
+        half = lambda values: values.float() if values.dtype == torch.float64 else values
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: shrunk(values.cpu().numpy()) for name, values in arrays.items()})
+        np.savez_compressed(buffer, **{name: half(values).cpu().numpy() for name, values in arrays.items()})
         engine.write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
     engine.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     print("  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
     print(f"record {path}")
-
-
-def shrunk(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float32) if values.dtype == np.float64 else values
 
 
 # ---- pictures ----
@@ -293,16 +290,12 @@ def draw_predictions(model: nn.Module, record: dict, root: Path, device: torch.d
     on_device = dataset.to(device)
     logits = engine.predict(model, on_device, on_device.test, record["config"]["batch"],
                             getattr(torch, record["environment"]["precision"]))
-    scores = record["metrics"][dataset.held_out]
-    kind = f"{dataset.name}, {len(dataset.test)} {dataset.held_out} images"
-    if "map" in scores:
-        title = f"{kind}: MAP {100 * scores['map']:.1f} %, WGAP {100 * scores['wgap']:.1f} %"
-        return figures.draw_segmentation(dataset, logits, title)
-    return figures.draw_classification(dataset, logits, f"{kind}: accuracy {100 * scores['accuracy']:.2f} %")
+    draw = figures.draw_segmentation if logits.ndim == 4 else figures.draw_classification
+    return draw(dataset, logits, record["metrics"][dataset.held_out])
 
 
 @torch.inference_mode()
-def draw_images(model: nn.Module, record: dict, paths: list[str], device: torch.device) -> figures.Figure:
+def draw_images(model: nn.Module, record: dict, paths: tuple[str, ...], device: torch.device) -> figures.Figure:
     """A user's images, scaled to the training size: the three likeliest classes' attention, or all probabilities."""
     about, segments = record["about_data"], "arch" in record["config"]
     images, maps, captions = [], [], []
@@ -390,15 +383,13 @@ def main(argv: list[str] | None = None) -> None:
         return measure(cfg)
     device = engine.pick_device(cfg.device)
     if cfg.checkpoint is None:
-        figure, name = draw_figure1(cfg, device), "attention.png"
+        return figures.save(draw_figure1(cfg, device), Path(cfg.figure or "attention.png"))
+    path = Path(cfg.figure or "predictions.png")
+    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    if cfg.image is not None:
+        figures.save_pages(lambda page: draw_images(model, record, page, device), cfg.image, path)
     else:
-        model, record = engine.load_trained(Path(cfg.checkpoint), device)
-        name = "predictions.png"
-        if cfg.image is not None:
-            figure = draw_images(model, record, list(cfg.image), device)
-        else:
-            figure = draw_predictions(model, record, data.find_root(cfg.data_root), device)
-    figures.save(figure, Path(cfg.figure or name))
+        figures.save(draw_predictions(model, record, data.find_root(cfg.data_root), device), path)
 
 
 if __name__ == "__main__":

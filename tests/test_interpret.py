@@ -71,11 +71,12 @@ def test_rows_are_the_best_the_median_and_the_worst(tiny_root):
     dataset = data.load_facades(tiny_root, size=32)
     logits = 9.0 * torch.nn.functional.one_hot(dataset.test.targets.long(), 5).movedim(-1, 1)  # all right
     logits[1] = logits[1].flip(0)  # but for one image
-    figure = figures.draw_segmentation(dataset, logits, "title")
+    figure = figures.draw_segmentation(dataset, logits, {"map": 0.5, "wgap": 0.25})
     labels = [ax.get_ylabel().split("\n") for ax in figure.axes[::4]]
     assert [label[0].split(":")[0] for label in labels] == ["best", "median", "next to worst", "worst"]
     assert labels[0][1] == "mean IoU 100 %" and labels[-1][0] == "worst: no. 1"
     assert [ax.get_title() for ax in figure.axes[:4]] == ["image", "truth", "prediction", "errors"]
+    assert figure.get_suptitle() == "mini facade, 3 test images: MAP 50.0 %, WGAP 25.0 %"
 
 
 def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, capsys):
@@ -184,6 +185,13 @@ def test_ones_own_images(surrogates, trained, tmp_path, capsys):
         assert draw("--checkpoint", checkpoint, "--image", *files, "--figure", tmp_path / "own.png") == 0
         assert (tmp_path / "own.png").stat().st_size > 20_000
     assert "others: " in capsys.readouterr().out
+    many = [files[i % 2] for i in range(2 * figures.PAGE + 1)]
+    assert draw("--checkpoint", trained, "--image", *many, "--figure", tmp_path / "many.png") == 0
+    pages = [tmp_path / f"many-{i}.png" for i in (1, 2, 3)]
+    assert sorted(tmp_path.glob("many*")) == pages
+    assert capsys.readouterr().out.splitlines()[-1] == f"figures {pages[0]} to {pages[-1]}"
+    heights = [Image.open(page).height for page in pages]
+    assert heights[0] == heights[1] > 8 * heights[2]  # ten images, ten, one
     (tmp_path / "broken.png").write_text("no image")
     assert draw("--checkpoint", trained, "--image", tmp_path / "broken.png") == 2
     assert "broken.png cannot be read as an image" in capsys.readouterr().err
@@ -192,6 +200,13 @@ def test_ones_own_images(surrogates, trained, tmp_path, capsys):
     assert "thin.png is 1x70000: too long for its width" in capsys.readouterr().err
     files[0].rename(tmp_path / r"$\frac{$.png")  # no formula
     assert draw("--checkpoint", trained, "--image", tmp_path / r"$\frac{$.png", "--figure", tmp_path / "own.png") == 0
+
+
+def test_a_large_photo_is_drawn_at_the_size_of_its_panel():
+    maps = [np.zeros((3, 4, 4), np.float32)]
+    figure = figures.draw_overlays([np.zeros((3000, 2000), np.uint8)], maps, ["a"], [["b"] * 3], False)
+    photo = figure.axes[0].get_images()[0]
+    assert photo.get_size() == (512, 341) and photo.get_extent() == [0, 2000, 3000, 0]
 
 
 def test_the_architecture_is_read_off_the_modules():
