@@ -59,7 +59,7 @@ def save(figure: Figure, path: Path) -> None:
 def save_pages(draw: Callable[[tuple], Figure], items: tuple, path: Path) -> None:
     """Write draw(items), or a page of it for every PAGE items: PATH-1, PATH-2 and so on.
 
-    The pages are drawn one at a time: a figure's layout takes the longer for a panel the more it has.
+    They are drawn one at a time: a layout takes the longer for a panel the more it has.
     """
     pages = range(0, len(items), PAGE)
     for i in pages:
@@ -100,7 +100,8 @@ def draw_segmentation(dataset: Dataset, logits: Tensor, scores: dict) -> Figure:
         row[3].set_xlabel(f"{100 * wrong.mean():.0f} % of pixels wrong")
     figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=name)
                            for name, colour in zip(names, PALETTE)], loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(title_of(dataset, f"MAP {100 * scores['map']:.1f} %, WGAP {100 * scores['wgap']:.1f} %"))
+    map_, wgap = 100 * scores["map"], 100 * scores["wgap"]
+    figure.suptitle(title_of(dataset, f"MAP {map_:.1f} %, WGAP {wgap:.1f} %"))
     return figure
 
 
@@ -146,7 +147,8 @@ def draw_differences(rows: dict, table: str) -> Figure:
         ax.set(xlabel=f"difference in {name} (points)", yticks=range(len(others)), yticklabels=others)
     axes[0, 0].set_ylim(len(others) - 0.5, -0.5)
     handles = [Line2D([], [], marker="o", color="#0072B2", ls="", label=f"ours, {seeds_of(rows)}"),
-               Line2D([], [], marker="D", color="#E69F00", mec="black", ls="", label="the report, one run")]
+               Line2D([], [], marker="D", color="#E69F00", mec="black", ls="",
+                      label="the report, one run")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
 

@@ -207,8 +207,9 @@ def equivariance_error(model: nn.Module, images: Tensor, shifts: int = 8) -> lis
     norm = features.flatten(1).norm(dim=1)
     error = lambda down, right: (model.features(images.roll((down, right), (2, 3))) - fourier_shift(
         features, down / model.stride, right / model.stride)).flatten(1).norm(dim=1) / norm
-    moves = progress(list(itertools.product(range(shifts), repeat=2)), "equivariance", unit="shifts")
-    return torch.stack([error(*move).mean() for move in moves]).view(shifts, shifts).tolist()
+    moves = list(itertools.product(range(shifts), repeat=2))
+    errors = [error(*move).mean() for move in progress(moves, "equivariance", unit="shifts")]
+    return torch.stack(errors).view(shifts, shifts).tolist()
 
 
 def measure(cfg: Config) -> None:
@@ -244,9 +245,9 @@ def measure(cfg: Config) -> None:
         "data": hashlib.sha256(made_of.encode()).hexdigest(), "environment": engine.environment(device, bench.dtype),
         "trained": trained, "metrics": {"test": scores}, **more})
     if arrays:
-        half = lambda values: values.float() if values.dtype == torch.float64 else values
+        half = lambda array: array.float() if array.dtype == torch.float64 else array
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: half(values).cpu().numpy() for name, values in arrays.items()})
+        np.savez_compressed(buffer, **{key: half(array).cpu().numpy() for key, array in arrays.items()})
         engine.write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
     engine.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     print("  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
@@ -295,7 +296,8 @@ def draw_predictions(model: nn.Module, record: dict, root: Path, device: torch.d
 
 
 @torch.inference_mode()
-def draw_images(model: nn.Module, record: dict, paths: tuple[str, ...], device: torch.device) -> figures.Figure:
+def draw_images(model: nn.Module, record: dict, paths: tuple[str, ...],
+                device: torch.device) -> figures.Figure:
     """A user's images, scaled to the training size: the three likeliest classes' attention, or all probabilities."""
     about, segments = record["about_data"], "arch" in record["config"]
     images, maps, captions = [], [], []

@@ -187,8 +187,9 @@ def main() -> None:
     device = engine.pick_device("auto")
     environment = engine.environment(device, engine.pick_dtype("auto", device))
     print(f"{environment['device']}, torch {environment['torch']}")
+    rounds = progress(range(ROUNDS), "training steps", unit="rounds")
     engines, plains, fixed = zip(*[[apart(loop) for loop in ("engine", "plain", "deterministic")]
-                                   for _ in progress(range(ROUNDS), "training steps", unit="rounds")])
+                                   for _ in rounds])
     results = [compare(f"training step, HourGlass(2*32), batch {BATCH}, {SIZE} pixels", "plain loop",
                        list(zip(engines, plains))),
                compare("the same step with --deterministic", "without", list(zip(fixed, engines)))]

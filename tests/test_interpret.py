@@ -60,7 +60,8 @@ def test_classification_figure(fashion_root, tmp_path):
 def test_the_way_that_a_notebook_shows_pictures_is_left_alone(tmp_path, name):
     code = ("import bench_inference, figures, os, sys; "
             "figures.save(figures.subplots()[0], figures.Path(sys.argv[1], 'figure.png')); "
-            f"assert 'matplotlib.pyplot' not in sys.modules and os.environ['MPLBACKEND'] == {name!r}")
+            "assert 'matplotlib.pyplot' not in sys.modules; "
+            f"assert os.environ['MPLBACKEND'] == {name!r}")
     path = os.pathsep.join([str(engine.SOURCE), str(engine.SOURCE / "tests")])
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True,
                    env={**os.environ, "MPLBACKEND": name, "PYTHONPATH": path})
@@ -204,9 +205,10 @@ def test_ones_own_images(surrogates, trained, tmp_path, capsys):
 
 def test_a_large_photo_is_drawn_at_the_size_of_its_panel():
     maps = [np.zeros((3, 4, 4), np.float32)]
-    figure = figures.draw_overlays([np.zeros((3000, 2000), np.uint8)], maps, ["a"], [["b"] * 3], False)
-    photo = figure.axes[0].get_images()[0]
-    assert photo.get_size() == (512, 341) and photo.get_extent() == [0, 2000, 3000, 0]
+    photo = np.zeros((3000, 2000), np.uint8)
+    figure = figures.draw_overlays([photo], maps, ["a"], [["b"] * 3], diverging=False)
+    drawn = figure.axes[0].get_images()[0]
+    assert drawn.get_size() == (512, 341) and drawn.get_extent() == [0, 2000, 3000, 0]
 
 
 def test_the_architecture_is_read_off_the_modules():
