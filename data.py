@@ -475,8 +475,9 @@ def load_facades(root: Path, split: str = "full", size: int = 256) -> Dataset:
                 f"{folder / 'train'} has {count}: add photos, or take --split full")
         held = train.photos > train.photos.max() - FACADE_DEV_PHOTOS
         train, test = train.map(lambda t: t[~held]), train.map(lambda t: t[held])
-    return Dataset("synthetic facades" if synthetic else "mini facade", FACADE_CLASSES, (0.4957, 0.4664, 0.4245),
-                   (0.2221, 0.2129, 0.2113), digest, synthetic, train, test, "val" if split == "dev" else "test", FACADE_PALETTE)
+    return Dataset("SYNTHETIC facades" if synthetic else "mini facade", FACADE_CLASSES,
+                   (0.4957, 0.4664, 0.4245), (0.2221, 0.2129, 0.2113), digest, synthetic, train,
+                   test, "val" if split == "dev" else "test", FACADE_PALETTE)
 
 
 def fetch_facades(root: Path, url: str, digest: str = FACADE_DIGEST) -> None:
@@ -606,7 +607,7 @@ def load_recorded(record: dict, root: Path) -> Dataset:
 
 def describe(data: Dataset) -> str:
     """What a set holds: counts, class shares and digest, one line each."""
-    kind = "SYNTHETIC, drawn by data.py" if data.synthetic else "real"
+    kind = "drawn by data.py" if data.synthetic else "real"
     lines = [f"{data.name} ({kind})", f"  sha256 {data.digest}"]
     for name, split in (("train", data.train), (data.held_out, data.test)):
         counts = split.class_counts(len(data.classes)).double()

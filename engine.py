@@ -421,6 +421,8 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
         with torch.device("meta"):  # takes no memory, whatever width the file names
             model = models.build(config, len(about["mean"]), len(about["classes"]))
         model.load_state_dict(state["model"], assign=True)
+        if about.get("synthetic"):
+            print(f"NOTE: {path} was trained on {about['name']}", file=sys.stderr)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path}: its settings and its weights do not fit together ({type(error).__name__}); train the "
                        f"model again") from error

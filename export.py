@@ -53,6 +53,8 @@ def predict(argv: list[str]) -> None:
         palette, entry = bytes.fromhex(about["palette"].replace(",", "")), about["input"]
     except Exception as error:  # onnxruntime raises its own kinds for a missing or damaged file
         raise ValueError(f"{args.model} is no model that export.py made ({str(error).splitlines()[0]})") from error
+    if "SYNTHETIC" in about.get("data", ""):
+        print(f"NOTE: {args.model} was trained on {about['data']}", file=sys.stderr)
     targets = {}
     for path in args.images:
         target = Path(args.out, f"{Path(path).stem}.png")
@@ -385,6 +387,7 @@ def main(argv: list[str] | None = None) -> None:
         (out / name).unlink(missing_ok=True)
     exact = engine.predict(model, dataset.to(device), split.map(lambda t: t.to(device)), batch, torch.float32).cpu()
     forms = {"eager": compare(exact, exact, split.targets, names)}
+    print(f"{dataset.name}, {len(split)} {dataset.held_out} images")
     show("eager", forms["eager"])
 
     def judge(name: str, path: Path) -> dict:

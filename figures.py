@@ -7,7 +7,7 @@ matplotlib's viridis and PuOr, which every kind of colour vision tells apart.
 import io
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,13 @@ def subplots(rows: int = 1, columns: int = 1, figsize: tuple[float, float] = (6,
     """A figure of so many inches and its axes, as pyplot's."""
     figure = Figure(figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, **how)
+
+
+def marked(figure: Figure, records: Iterable[dict]) -> Figure:
+    """The figure, which says so in its title if its records or its model are of synthetic data."""
+    if note := metrics.caveat(records):
+        figure.suptitle(note)
+    return figure
 
 
 def write(figure: Figure, path: Path) -> None:
@@ -145,12 +152,12 @@ def draw_differences(rows: dict, table: str) -> Figure:
         ax.axvline(0, color="black", lw=0.8)
         ax.grid(axis="x", alpha=0.3)
         ax.set(xlabel=f"difference in {name} (points)", yticks=range(len(others)), yticklabels=others)
-    axes[0, 0].set_ylim(len(others) - 0.5, -0.5)
+    axes[0, 0].set_ylim(max(len(others), 1) - 0.5, -0.5)
     handles = [Line2D([], [], marker="o", color="#0072B2", ls="", label=f"ours, {seeds_of(rows)}"),
                Line2D([], [], marker="D", color="#E69F00", mec="black", ls="",
                       label="the report, one run")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    return figure
+    return marked(figure, metrics.each_of(rows))
 
 
 def seeds_of(rows: dict) -> str:
@@ -178,7 +185,7 @@ def draw_curves(rows: dict) -> Figure:
         ax.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("epoch (grey: the base row)")
     figure.supylabel("training loss")
-    return figure
+    return marked(figure, metrics.each_of(rows))
 
 
 def draw_imbalance(record: dict) -> Figure:

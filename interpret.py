@@ -247,7 +247,7 @@ def measure(cfg: Config) -> None:
     if arrays:
         half = lambda array: array.float() if array.dtype == torch.float64 else array
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{key: half(array).cpu().numpy() for key, array in arrays.items()})
+        np.savez_compressed(buffer, **{key: half(x).cpu().numpy() for key, x in arrays.items()})
         engine.write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
     engine.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     print("  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
@@ -389,7 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(cfg.figure or "predictions.png")
     model, record = engine.load_trained(Path(cfg.checkpoint), device)
     if cfg.image is not None:
-        figures.save_pages(lambda page: draw_images(model, record, page, device), cfg.image, path)
+        draw = lambda page: figures.marked(draw_images(model, record, page, device), [record])
+        figures.save_pages(draw, cfg.image, path)
     else:
         figures.save(draw_predictions(model, record, data.find_root(cfg.data_root), device), path)
 

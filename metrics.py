@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -312,6 +313,16 @@ def cell(values: list[float], signed: bool) -> str:
     return number(100 * float(np.mean(values)), float(half_width((Part(variance / len(values), dof),))), signed)
 
 
+def each_of(rows: dict[str, dict[int, dict]]) -> list[dict]:
+    return [record for seeds in rows.values() for record in seeds.values()]
+
+
+def caveat(records: Iterable[dict]) -> str:
+    """What a table or figure must say of the data that its records are made of, if anything."""
+    drawn = any(record.get("about_data", {}).get("synthetic") for record in records)
+    return "SYNTHETIC data: drawn, not photographed." if drawn else ""
+
+
 def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
     """The table as Markdown: differences from the base row, paired by seed, beside the report's own."""
     base_row = next(iter(REPORT[table]))
@@ -338,13 +349,13 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
         else:
             cells += [""] * 3
         lines.append(f"| {label} `{plain(row)}` | " + " | ".join(cells) + " |")
-    devices = sorted({plain(record["environment"]["device"]) for seeds in rows.values() for record in seeds.values()})
+    devices = sorted({plain(record["environment"]["device"]) for record in each_of(rows)})
     lines.append("\nPercent. First row: value; others: difference from it, paired by seed. ± is the 95 % interval, over "
                  "seeds and, on the test split, over its images. ✓: the report's number lies in the 95 % prediction "
                  "interval of one more such run; ✗: it does not. "
                  + ", ".join(f"{name}: {sum(marks)} of {len(marks)} do" for name, marks in held.items() if marks)
                  + f". Device: {'; '.join(devices) or 'none yet'}.")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f" {caveat(each_of(rows))}".rstrip() + "\n"
 
 
 # ---- the claims ----
@@ -602,8 +613,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = Path(args.results, args.protocol)
     if args.what == "claims":
-        text = render_claims(judge({table: load_records(folder / table, args.protocol)
-                                    for table in (*REPORT, "attention")}))
+        tables = {table: load_records(folder / table, args.protocol)
+                  for table in (*REPORT, "attention")}
+        text = render_claims(judge(tables))
+        if note := caveat(record for rows in tables.values() for record in each_of(rows)):
+            text += f"\n{note}\n"
     elif args.what == "attention":
         text = render_attention(*(load_records(folder / name, args.protocol) for name in ("attention", "equivariance")))
     else:

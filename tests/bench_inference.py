@@ -222,8 +222,9 @@ def render(record: dict) -> str:
                      f"{many['images_per_second']:.1f} | {one['peak_mb']} | {100 * row['quality'][key]:.2f} |")
     environment = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines.append(f"\n{record['model']}, {record['size']} pixels a side, batch 1 unless said; {environment['device']}; "
-                 f"{versions}. Median and range of {record['rounds']} rounds, each form in a process of its own; peak "
+    lines.append(f"\n{record['model']}, trained on {record['parity']['data']}, {record['size']} "
+                 f"pixels a side, batch 1 unless said; {environment['device']}; {versions}. Median "
+                 f"and range of {record['rounds']} rounds, each form in a process of its own; peak "
                  f"memory without the libraries themselves. "
                  f"{label} is that of the split at {record['parity']['size']} pixels, the run's own size.")
     return "\n".join(lines) + "\n"
@@ -245,7 +246,7 @@ def draw(record: dict, path: Path) -> None:
             transform=ax.get_yaxis_transform())
     ax.set(xlim=(0, None), ylim=(eager - 150 * export.INT8_LOSS, eager + 60 * export.INT8_LOSS),
            xlabel=f"images a second, batch 1, {record['size']} pixels a side, {record['threads']} threads",
-           ylabel=f"test {label} (%)")
+           ylabel=f"test {label} (%), {record['parity']['data']}")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     figures.save(figure, path)

@@ -196,7 +196,7 @@ def test_a_dangling_link_is_no_missing_set(tiny_root, tmp_path, capsys):
 
 def test_the_dev_split_of_a_few_photos_is_refused(tmp_path, capsys):
     root = make_tiny_root(tmp_path / "root", train=60)
-    said = refused(capsys, "train_seg", "--split", "dev", "--data-root", root, "--out", tmp_path / "o")
+    said = refused(capsys, "train_seg", "--split", "dev", "--data-root", root, "--out", tmp_path)
     assert "--split dev holds out 60 photos and trains on the others, but" in said
     assert "mini_facade/train has 60: add photos" in said
     for suffix in (".jpg", ".png"):  # one more is enough, if for nothing good
