@@ -142,10 +142,14 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, kill, and 
 
 
 class Stopped(BaseException):
-    """A signal told the process to stop, and what was reached is saved: the conventional exit code is 128 + signal."""
+    """A signal told the process to stop: the conventional exit code is 128 + signal.
 
-    def __init__(self, number: int, where: str = "the last checkpoint"):
-        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from {where}")
+    `where` is what the same command goes on from, if what was reached is saved.
+    """
+
+    def __init__(self, number: int, where: str | None = None):
+        super().__init__(f"stopped by {signal.Signals(number).name}"
+                         + (f"; the same command goes on from {where}" if where else ""))
         self.code = 128 + number
 
 
@@ -626,10 +630,16 @@ class Run:
         split), arrays per image or photo that an interval over the held-out images needs.
         """
         scores = {}
-        for name, split in (("train", self.data.train), (self.data.held_out, self.data.test)):
-            logits = predict(self.model, self.data, split, self.cfg.batch, self.dtype)
-            scores[name] = score(logits, split.targets, self.data.classes)
-        return scores, detail(logits, split)
+        with handling(STOPPING, self.stop):
+            for name, split in (("train", self.data.train), (self.data.held_out, self.data.test)):
+                logits = predict(self.model, self.data, split, self.cfg.batch, self.dtype)
+                scores[name] = score(logits, split.targets, self.data.classes)
+            return scores, detail(logits, split)
+
+    def stop(self, number: int, frame: object = None,
+             where: str = "the last checkpoint") -> typing.NoReturn:
+        """End a run that a signal told to stop; a dry run leaves nothing to go on from."""
+        raise Stopped(number, None if self.cfg.dry_run else where)
 
     def finish(self, metrics: dict[str, dict], arrays: dict, **more: typing.Any) -> None:
         """Write the trained model, the arrays and, last, the record: where it exists, all is there."""
@@ -719,7 +729,7 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
             run.seconds += time.perf_counter() - start
             run.within = {"step": step, "total": total}
             run.save()
-            raise Stopped(stop, f"step {step} of {steps} of epoch {epoch + 1}")
+            run.stop(stop, where=f"step {step} of {steps} of epoch {epoch + 1}")
     bar.close()
     run.curve.append(checked(total / steps, epoch))
     seconds = time.perf_counter() - start
@@ -728,7 +738,7 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
     run.save()
     print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s", flush=True)
     if stop := any_signal(stops):
-        raise Stopped(stop, f"the end of epoch {run.epoch}")
+        run.stop(stop, where=f"the end of epoch {run.epoch}")
 
 
 def checked(loss: Tensor, epoch: int) -> float:
