@@ -50,7 +50,7 @@ class Config:
     images: int = flag(10000, "measure: held-out images")
     sweep_images: int = flag(1000, "measure: held-out images that are moved by every shift")
     out: str | None = flag(None, "measure: folder of the record")
-    study: str | None = flag(None, "protocol whose records to draw: report, small or smoke")
+    study: engine.Settings.__annotations__["protocol"] = flag(None, "whose records to draw")
     results: str = flag("results", "study: folder of the records")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")

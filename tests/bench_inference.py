@@ -223,9 +223,9 @@ def render(record: dict) -> str:
     environment = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines.append(f"\n{record['model']}, trained on {record['parity']['data']}, {record['size']} "
-                 f"pixels a side, batch 1 unless said; {environment['device']}; {versions}. Median "
-                 f"and range of {record['rounds']} rounds, each form in a process of its own; peak "
-                 f"memory without the libraries themselves. "
+                 f"pixels a side, batch 1 unless said; {environment['device']}; {versions}. "
+                 f"Median and range of {record['rounds']} rounds, each form in a process of its "
+                 f"own; peak memory without the libraries themselves. "
                  f"{label} is that of the split at {record['parity']['size']} pixels, the run's own size.")
     return "\n".join(lines) + "\n"
 

@@ -285,6 +285,7 @@ FLAGS = {
     "interpret --images 0": "--images and --sweep-images must be at least 1",
     "interpret --measure x.pt": "--measure needs --out",
     "interpret --image x.png": "--image needs --checkpoint",
+    "interpret --study typo": "argument --study: invalid choice: 'typo'",
     "interpret --checkpoint no.pt": "no.pt: No such file or directory",
     "export": "--checkpoint is missing",
     "export --checkpoint no.pt": "no.pt: No such file or directory",

@@ -20,8 +20,8 @@ def test_a_signal_to_a_tool_without_a_checkpoint_speaks_of_none(capsys, name, co
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("flags, ending", [([], "; the same command goes on from the last checkpoint"),
-                                           (["--dry-run"], "")])
+@pytest.mark.parametrize("flags, ending", [
+    ([], "; the same command goes on from the last checkpoint"), (["--dry-run"], "")])
 def test_a_signal_after_training_says_how_to_go_on_if_there_is_a_way(tiny_root, tmp_path, capsys,
                                                                      monkeypatch, flags, ending):
     monkeypatch.setattr(engine, "predict", lambda *args: os.kill(os.getpid(), signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""Results of drawn facades are no results of photographs: every place that shows one says SYNTHETIC."""
+"""Results of drawn facades are none of photographs: every place that shows one says SYNTHETIC."""
 
 import json
 
@@ -17,7 +17,7 @@ import train_seg
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a finished run on a few synthetic facades, as a root without the set gives them."""
+    """The folder of two finished runs on a few drawn facades, as of a root without the set."""
     folder = tmp_path_factory.mktemp("synthetic")
     patch = pytest.MonkeyPatch()
     drawn = [torch.from_numpy(np.stack(part)) for part in
@@ -39,7 +39,8 @@ def test_scores(trained, capsys):
     argv += ["--data-root", str(trained.parents[3] / "empty"), "--out", str(trained)]
     assert engine.guard(lambda: train_seg.main(argv)) == 0  # complete: it shows the record
     told = [line for line in capsys.readouterr().out.splitlines() if ": MAP" in line]
-    assert len(told) == 2 and all(line.endswith("(6 images of SYNTHETIC facades)") for line in told)
+    assert len(told) == 2
+    assert all(line.endswith("(6 images of SYNTHETIC facades)") for line in told)
 
 
 def test_tables_and_verdicts(trained):
@@ -64,7 +65,8 @@ def test_figures(trained, monkeypatch):
                   ["--study", "smoke", "--results", str(trained.parents[2])]):
         assert engine.guard(lambda: interpret.main(flags)) == 0
     del saved["hourglass.png"]  # a network, of no data
-    assert set(saved) == {"predictions.png", "own.png", "table2.png", "table2-curves.png", "imbalance.png"}
+    assert set(saved) == {"predictions.png", "own.png", "table2.png", "table2-curves.png",
+                          "imbalance.png"}
     for name, figure in saved.items():
         labels = [figure.get_suptitle(), *(ax.get_xlabel() for ax in figure.axes)]
         assert any("SYNTHETIC" in label for label in labels), name
