@@ -135,6 +135,11 @@ fuzz: $(ENV)
 # ---- the study ----
 
 PROTOCOL ?= report
+PROTOCOLS := report desk small smoke
+# before anything runs: a wrong name would make an empty table
+ifneq ($(words $(PROTOCOL)) $(filter $(PROTOCOLS),$(PROTOCOL)),1 $(PROTOCOL))
+$(error PROTOCOL=$(PROTOCOL) must be one of: $(PROTOCOLS))
+endif
 SEEDS ?= $(SEEDS_$(PROTOCOL))
 SEEDS_report := 0 1 2 3 4 5
 SEEDS_desk := 0 1 2 3 4 5

@@ -42,12 +42,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import models
 from data import Dataset, Split
 from lab.files import BadInput, write_atomic
+from lab.progress import Progress, progress
 
 SOURCE = Path(__file__).parent
 
@@ -67,10 +67,13 @@ def places(config: object) -> set[str]:
     return {setting.name for setting in dataclasses.fields(config) if setting.metadata["place"]}
 
 
+Protocol = typing.Literal["report", "desk", "small", "smoke"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every training script can be told. A script's own Config adds its model and its data."""
-    protocol: typing.Literal["report", "desk", "small", "smoke"] = flag("report", "set of defaults, see below")
+    protocol: Protocol = flag("report", "set of defaults, see below")
     split: typing.Literal["full", "dev"] = flag("full", "full: test once at the end; dev: hold out training data")
     seed: int = flag(0, "initial weights, order and augmentation")
     epochs: int = flag(1, "passes over the training split")
@@ -143,10 +146,14 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, kill, and 
 
 
 class Stopped(BaseException):
-    """A signal told the process to stop, and what was reached is saved: the conventional exit code is 128 + signal."""
+    """A signal told the process to stop: the conventional exit code is 128 + signal.
 
-    def __init__(self, number: int, where: str = "the last checkpoint"):
-        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from {where}")
+    `where` is what the same command goes on from, if what was reached is saved.
+    """
+
+    def __init__(self, number: int, where: str | None = None):
+        super().__init__(f"stopped by {signal.Signals(number).name}"
+                         + (f"; the same command goes on from {where}" if where else ""))
         self.code = 128 + number
 
 
@@ -400,6 +407,8 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
         with torch.device("meta"):  # takes no memory, whatever width the file names
             model = models.build(config, len(about["mean"]), len(about["classes"]))
         model.load_state_dict(state["model"], assign=True)
+        if about.get("synthetic"):
+            print(f"NOTE: {path} was trained on {about['name']}", file=sys.stderr)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path}: its settings and its weights do not fit together ({type(error).__name__}); train the "
                        f"model again") from error
@@ -603,10 +612,16 @@ class Run:
         split), arrays per image or photo that an interval over the held-out images needs.
         """
         scores = {}
-        for name, split in (("train", self.data.train), (self.data.held_out, self.data.test)):
-            logits = predict(self.model, self.data, split, self.cfg.batch, self.dtype)
-            scores[name] = score(logits, split.targets, self.data.classes)
-        return scores, detail(logits, split)
+        with handling(STOPPING, self.stop):
+            for name, split in (("train", self.data.train), (self.data.held_out, self.data.test)):
+                logits = predict(self.model, self.data, split, self.cfg.batch, self.dtype)
+                scores[name] = score(logits, split.targets, self.data.classes)
+            return scores, detail(logits, split)
+
+    def stop(self, number: int, frame: object = None,
+             where: str = "the last checkpoint") -> typing.NoReturn:
+        """End a run that a signal told to stop; a dry run leaves nothing to go on from."""
+        raise Stopped(number, None if self.cfg.dry_run else where)
 
     def finish(self, metrics: dict[str, dict], arrays: dict, **more: typing.Any) -> None:
         """Write the trained model, the arrays and, last, the record: where it exists, all is there."""
@@ -651,7 +666,7 @@ def fit(run: Run, loss_fn: Callable[[Tensor, Tensor], Tensor], flip: bool = Fals
     """Train the run's model to its last epoch, with a checkpoint after each.
 
     loss_fn(logits float32, targets uint8) -> scalar. The step never waits for the device: the loss
-    is read once a second for the progress bar and once an epoch for the record. FloatingPointError
+    is read once a second for whoever watches and once an epoch for the record. FloatingPointError
     if it is not finite; the last checkpoint then holds the weights of the epoch before. Of several
     processes, only the first returns.
     """
@@ -674,8 +689,8 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
     start = shown = time.perf_counter()
     run.model.train()
     first, total = run.begin_epoch()
-    bar = tqdm(total=(steps - first) * min(cfg.batch, len(run.data.train)), unit="img", leave=False,
-               disable=None if rank() == 0 else True, desc=f"epoch {epoch + 1}/{cfg.epochs}")
+    bar = Progress(f"epoch {epoch + 1}/{cfg.epochs}",
+                   (steps - first) * min(cfg.batch, len(run.data.train)), silent=rank() > 0)
     for step, (images, targets) in enumerate(
             data.shuffled_batches(run.data, cfg.batch, cfg.seed, epoch, flip, first), first + 1):
         for group in run.optimizer.param_groups:
@@ -690,13 +705,13 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
         bar.update(len(images))
         if time.perf_counter() - shown > 1:
             shown = time.perf_counter()
-            bar.set_postfix(loss=f"{checked(total / step, epoch):.4f}")
+            bar.say(f"loss {checked(total / step, epoch):.4f}")
         if step < steps and (stop := any_signal(stops)):
             checked(total, epoch)
             run.seconds += time.perf_counter() - start
             run.within = {"step": step, "total": total}
             run.save()
-            raise Stopped(stop, f"step {step} of {steps} of epoch {epoch + 1}")
+            run.stop(stop, where=f"step {step} of {steps} of epoch {epoch + 1}")
     bar.close()
     run.curve.append(checked(total / steps, epoch))
     seconds = time.perf_counter() - start
@@ -705,7 +720,7 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
     run.save()
     print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s", flush=True)
     if stop := any_signal(stops):
-        raise Stopped(stop, f"the end of epoch {run.epoch}")
+        run.stop(stop, where=f"the end of epoch {run.epoch}")
 
 
 def checked(loss: Tensor, epoch: int) -> float:
@@ -720,4 +735,5 @@ def checked(loss: Tensor, epoch: int) -> float:
 def predict(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> Tensor:
     """Logits of a whole split in order, in evaluation mode: float32 (N, classes, ...) on its device."""
     model.eval()
-    return torch.cat([forward(model, images, dtype) for images, _ in data.batches(dataset, split, batch)])
+    parts = progress(data.batches(dataset, split, batch), "evaluation", -(-len(split) // batch))
+    return torch.cat([forward(model, images, dtype) for images, _ in parts])

@@ -53,6 +53,8 @@ def predict(argv: list[str]) -> None:
         palette, entry = bytes.fromhex(about["palette"].replace(",", "")), about["input"]
     except Exception as error:  # onnxruntime raises its own kinds for a missing or damaged file
         raise ValueError(f"{args.model} is no model that export.py made ({str(error).splitlines()[0]})") from error
+    if "SYNTHETIC" in about.get("data", ""):
+        print(f"NOTE: {args.model} was trained on {about['data']}", file=sys.stderr)
     targets = {}
     for path in args.images:
         target = Path(args.out, f"{Path(path).stem}.png")
@@ -124,6 +126,7 @@ import metrics
 import models
 from data import BadInput
 from engine import flag
+from lab.progress import progress
 
 warnings.filterwarnings("ignore", "`torch.jit|torch.quantize_per_tensor")  # deprecated; here they make one form of many
 INPUT = "images"
@@ -201,10 +204,10 @@ class Calibration(quantization.CalibrationDataReader):
     """Images uint8 (N, C, H, W), one at a time."""
 
     def __init__(self, images: Tensor):
-        self.feeds = iter([{INPUT: image.numpy()[None]} for image in images])
+        self.images = progress(images, "calibration", unit="images")
 
     def get_next(self) -> dict | None:
-        return next(self.feeds, None)
+        return next(({INPUT: image.numpy()[None]} for image in self.images), None)
 
 
 def layers_of(path: Path) -> tuple[list[str], list[str]]:
@@ -263,7 +266,7 @@ def worst_layers(source: Path, images: Tensor) -> list[str]:
     moved, exact = {}, open_form(source)(images)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "one.onnx")
-        for layer in layers_of(source)[1]:
+        for layer in progress(layers_of(source)[1], "which layers 8 bits spoil", unit="layers"):
             quantise(source, target, images, {}, [], only=[layer])
             moved[layer] = (open_form(target)(images) - exact).abs().mean().item()
     return sorted(moved, key=moved.get, reverse=True)
@@ -307,7 +310,7 @@ def open_form(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
 
 @torch.inference_mode()
 def logits_of(form: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tensor:
-    return torch.cat([form(part).cpu() for part in images.split(batch)])
+    return torch.cat([form(part).cpu() for part in progress(images.split(batch), "evaluation")])
 
 
 def compare(logits: Tensor, exact: Tensor, targets: Tensor, names: tuple[str, ...]) -> dict:
@@ -384,6 +387,7 @@ def main(argv: list[str] | None = None) -> None:
         (out / name).unlink(missing_ok=True)
     exact = engine.predict(model, dataset.to(device), split.map(lambda t: t.to(device)), batch, torch.float32).cpu()
     forms = {"eager": compare(exact, exact, split.targets, names)}
+    print(f"{dataset.name}, {len(split)} {dataset.held_out} images")
     show("eager", forms["eager"])
 
     def judge(name: str, path: Path) -> dict:

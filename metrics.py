@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lab.progress import progress
+
 
 def accuracy(logits: Tensor, target: Tensor) -> float:
     """Share of samples whose largest logit is the target's; logits (N, C, ...), target (N, ...)."""
@@ -55,7 +57,8 @@ def average_precisions(scores: Tensor, target: Tensor) -> list[float]:
     scores (N, C, ...), target (N, ...) with values in [0, C); NaN for a class the target lacks.
     """
     target = target.reshape(-1)
-    return [average_precision(scores[:, c].reshape(-1), target == c) for c in range(scores.shape[1])]
+    classes = progress(range(scores.shape[1]), "average precision", unit="classes")
+    return [average_precision(scores[:, c].reshape(-1), target == c) for c in classes]
 
 
 BINS = 192  # of log-odds from -12 to 12, an eighth each

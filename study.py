@@ -12,6 +12,7 @@ import argparse
 import functools
 import math
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,6 @@ CLAIMS = {
 # settings that all rows of a table must share: a row differs by its own switch and by nothing else
 SHARED = ("protocol", "split", "epochs", "batch", "lr", "weight_decay", "warmup", "precision", "compile",
           "size", "train_images", "weight_power")
-PROTOCOLS = ("report", "desk", "small", "smoke")
 
 
 def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
@@ -248,14 +248,13 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
         else:
             cells += [""] * 3
         lines.append(f"| {label} `{plain(row)}` | " + " | ".join(cells) + " |")
-    devices = sorted({plain(record["environment"]["device"])
-                      for runs in rows.values() for record in runs.values()})
+    devices = sorted({plain(record["environment"]["device"]) for record in records.each_of(rows)})
     lines.append(
         "\nPercent. First row: value; others: difference from it, paired by seed. ± is the 95 % interval, over "
         "seeds and, on the test split, over its images. ✓: the report's number lies in the 95 % prediction "
         "interval of one more such run; ✗: it does not. "
         + "".join(f"{name}: {sum(marks)} of {len(marks)} do. " for name, marks in held.items() if marks)
-        + f"Device: {'; '.join(devices) or 'none yet'}.")
+        + f"Device: {'; '.join(devices) or 'none yet'}. {records.caveat(records.each_of(rows))}".rstrip())
     return "\n".join(lines) + "\n"
 
 
@@ -354,14 +353,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = engine.Parser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*REPORT, "attention", "claims"], help="what to render")
-    parser.add_argument("--protocol", default="report", choices=PROTOCOLS, help="which records (report)")
+    parser.add_argument("--protocol", default="report", choices=typing.get_args(engine.Protocol), help="which records (report)")
     parser.add_argument("--results", default="results", help="folder of the records (results)")
     parser.add_argument("--seeds", type=int, help="seeds a full row has (the most that any row has)")
     args = parser.parse_args(argv)
     folder = Path(args.results, args.protocol)
     read = lambda name: load_records(folder / name, args.protocol)
     if args.what == "claims":
-        text = render_claims(judge({table: read(table) for table in (*REPORT, "attention")}))
+        tables = {table: read(table) for table in (*REPORT, "attention")}
+        text = render_claims(judge(tables))
+        if note := records.caveat(record for rows in tables.values() for record in records.each_of(rows)):
+            text += f"\n{note}\n"
     elif args.what == "attention":
         text = render_attention(read("attention"), read("equivariance"))
     else:

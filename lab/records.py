@@ -37,7 +37,7 @@ def load(folder: Path, protocol: str, order: Iterable[str] = (),
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); "
                                  f"delete it") from error
-    records = [record for seeds in rows.values() for record in seeds.values()]
+    first_of_all = next(iter(each_of(rows)), None)
     for seeds in rows.values():
         first = next(iter(seeds.values()))
         for record in seeds.values():
@@ -45,11 +45,11 @@ def load(folder: Path, protocol: str, order: Iterable[str] = (),
             if config.get("protocol") != protocol:
                 raise BadInput(f"{path} is of protocol {config.get('protocol')}, this is the "
                                  f"{protocol} table")
-            for key in differing(config, records[0]["config"], shared):
-                raise BadInput(f"{path} has {key} {config[key]}, but {records[0]['path']} has "
-                                 f"{records[0]['config'][key]}: a row may differ by its own switch alone")
-            if record["data"] != records[0]["data"]:
-                raise BadInput(f"{path} was made on other data than {records[0]['path']}")
+            for key in differing(config, first_of_all["config"], shared):
+                raise BadInput(f"{path} has {key} {config[key]}, but {first_of_all['path']} has "
+                               f"{first_of_all['config'][key]}: a row may differ by its own switch alone")
+            if record["data"] != first_of_all["data"]:
+                raise BadInput(f"{path} was made on other data than {first_of_all['path']}")
             if differing(config, first["config"], config.keys() - {"seed"}):
                 raise BadInput(f"{path} has another configuration than {first['path']}, a seed of "
                                  f"the same row")
@@ -59,6 +59,16 @@ def load(folder: Path, protocol: str, order: Iterable[str] = (),
 def differing(a: dict, b: dict, keys: Iterable[str]) -> list[str]:
     """The settings of `keys` in which two configurations differ, of those that both know."""
     return [key for key in keys if key in a and key in b and a[key] != b[key]]
+
+
+def each_of(rows: dict[str, dict[int, dict]]) -> list[dict]:
+    return [record for seeds in rows.values() for record in seeds.values()]
+
+
+def caveat(records: Iterable[dict]) -> str:
+    """What a table or figure must say of the data that its records are made of, if anything."""
+    drawn = any(record.get("about_data", {}).get("synthetic") for record in records)
+    return "SYNTHETIC data: drawn, not photographed." if drawn else ""
 
 
 def arrays_file(record: dict) -> Path:

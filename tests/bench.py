@@ -37,6 +37,7 @@ import metrics
 import models
 import train_cls
 import train_seg
+from lab.progress import progress
 
 BATCH, SIZE, STEPS, ROUNDS = 8, 256, 2, 4  # the study's size; the batch that a CPU takes
 
@@ -186,15 +187,17 @@ def main() -> None:
     device = engine.pick_device("auto")
     environment = engine.environment(device, engine.pick_dtype("auto", device))
     print(f"{environment['device']}, torch {environment['torch']}")
+    rounds = progress(range(ROUNDS), "training steps", unit="rounds")
     engines, plains, fixed = zip(*[[apart(loop) for loop in ("engine", "plain", "deterministic")]
-                                   for _ in range(ROUNDS)])
+                                   for _ in rounds])
     results = [compare(f"training step, HourGlass(2*32), batch {BATCH}, {SIZE} pixels", "plain loop",
                        list(zip(engines, plains))),
                compare("the same step with --deterministic", "without", list(zip(fixed, engines)))]
     if device.type == "cpu" and torch.get_num_threads() > 1:
         for loop, name in (("hourglass", "HourGlass(2*32), batch 8, 128 pixels"),
                            ("vgg-resnet", "VGG-ResNet(2,32,maxpool), batch 128, 28 pixels")):
-            pairs = [(apart(loop, 2), apart(loop)) for _ in range(ROUNDS)]
+            pairs = [(apart(loop, 2), apart(loop))
+                     for _ in progress(range(ROUNDS), "rows side by side", unit="rounds")]
             results.append(compare(f"training step, {name}, two side by side, a row's share",
                                    "one after the other", pairs))
     torch.manual_seed(0)
@@ -202,7 +205,7 @@ def main() -> None:
     for share in (0.024, 0.4):  # a rare class and a frequent one
         positive = torch.rand(len(scores)) < 2 * share * scores
         pairs = []
-        for _ in range(3):
+        for _ in progress(range(3), "average precision", unit="rounds"):
             start = time.perf_counter()
             ours = metrics.average_precision(scores, positive)
             middle = time.perf_counter()

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import onnxruntime
 import torch
@@ -29,13 +28,10 @@ from torch import Tensor
 import data
 import engine
 import export
-import metrics
+import figures
 import models
 from data import BadInput
 from engine import flag
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 BASE = "eager"
 BACKENDS = {  # name: how it runs, the exported form that it reads, the type that it computes in
@@ -224,9 +220,10 @@ def render(record: dict) -> str:
                      f"{many['images_per_second']:.1f} | {one['peak_mb']} | {100 * row['quality'][key]:.2f} |")
     environment = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines.append(f"\n{record['model']}, {record['size']} pixels a side, batch 1 unless said; {environment['device']}; "
-                 f"{versions}. Median and range of {record['rounds']} rounds, each form in a process of its own; peak "
-                 f"memory without the libraries themselves. "
+    lines.append(f"\n{record['model']}, trained on {record['parity']['data']}, {record['size']} "
+                 f"pixels a side, batch 1 unless said; {environment['device']}; {versions}. "
+                 f"Median and range of {record['rounds']} rounds, each form in a process of its "
+                 f"own; peak memory without the libraries themselves. "
                  f"{label} is that of the split at {record['parity']['size']} pixels, the run's own size.")
     return "\n".join(lines) + "\n"
 
@@ -234,7 +231,7 @@ def render(record: dict) -> str:
 def draw(record: dict, path: Path) -> None:
     """Speed against the metric: a marker a form, and the line that an 8-bit form may not fall below."""
     key, label = ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
-    figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    figure, ax = figures.subplots(figsize=(9, 4.2))
     colours = {"float32": "#0072B2", "f32": "#0072B2", "bfloat16": "#009E73", "bf16": "#009E73", "int8": "#D55E00"}
     for row, marker in zip(record["results"], "o^sDvPX*hpd<>xHs^"):
         colour = colours["int8" if "int8" in row["name"] else BACKENDS[row["name"]][2]]
@@ -247,11 +244,10 @@ def draw(record: dict, path: Path) -> None:
             transform=ax.get_yaxis_transform())
     ax.set(xlim=(0, None), ylim=(eager - 150 * export.INT8_LOSS, eager + 60 * export.INT8_LOSS),
            xlabel=f"images a second, batch 1, {record['size']} pixels a side, {record['threads']} threads",
-           ylabel=f"test {label} (%)")
+           ylabel=f"test {label} (%), {record['parity']['data']}")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -341,14 +341,6 @@ def test_out_of_memory_names_the_flags_to_lower(capsys):
         engine.guard(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
-def test_a_signal_outside_training_says_how_to_go_on(capsys, name, code):
-    before = signal.getsignal(signal.SIGTERM)
-    assert engine.guard(lambda: os.kill(os.getpid(), getattr(signal, name))) == code
-    assert f"stopped by {name}; the same command goes on from the last checkpoint" in one_error(capsys)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
 def test_the_learning_rate():
     rate = lambda warmup, step: engine.learning_rate(2.0, warmup, step, 100)
     assert rate(0, 0) == 2 and rate(0, 50) == pytest.approx(1) and 0 < rate(0, 99) < 0.001

@@ -390,6 +390,20 @@ def test_cpp_refusals(seg, runner, tmp_path, pictures):
         assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
 
 
+def test_a_model_of_synthetic_facades_says_so_wherever_it_is_used(seg, runner, tmp_path, pictures):
+    model = onnx.load(seg / "seed0/model.onnx")
+    about = {prop.key: prop.value for prop in model.metadata_props} | {"data": "SYNTHETIC facades"}
+    onnx.helper.set_model_props(model, about)
+    onnx.save(model, tmp_path / "drawn.onnx")
+    script = torch.jit.load(seg / "seed0/model.ts.pt")
+    torch.jit.save(script, tmp_path / "drawn.ts.pt", _extra_files=about)
+    done = subprocess.run([runner, tmp_path / "drawn.ts.pt", pictures[0]], cwd=tmp_path,
+                          check=True, capture_output=True, text=True)
+    assert done.stderr == f"NOTE: {tmp_path}/drawn.ts.pt was trained on SYNTHETIC facades\n"
+    done = predict("--model", tmp_path / "drawn.onnx", "--out", tmp_path / "out", pictures[0])
+    assert done.stderr == f"NOTE: {tmp_path}/drawn.onnx was trained on SYNTHETIC facades\n"
+
+
 # ---- the benchmark ----
 
 def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
@@ -416,6 +430,7 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     table = (tmp_path / "bench/inference.md").read_text()
     assert table.startswith("| form |")
     assert f"| AOTInductor | {record['results'][3]['batch1']['median_ms']:.1f} |" in table
+    assert "\nHourGlass(1,8), trained on mini facade, 32 pixels a side" in table
     assert (tmp_path / "bench/inference.png").stat().st_size > 10_000
 
 

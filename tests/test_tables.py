@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,15 @@ def test_a_stranger_adds_a_row_by_one_line(make, tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "results/smoke/table2/narrow/seed0.json").read_text())
     assert record["config"]["width"] == 4 and record["config"]["loss"] == "dice"
+
+
+@pytest.mark.parametrize("typed", ["typo", "", "small smoke", "%"])
+def test_an_unknown_protocol_is_refused_before_anything_runs(make, tmp_path, typed):
+    done = make("table1", f"PROTOCOL={typed}")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    known = typing.get_args(engine.Protocol)
+    assert f"PROTOCOL={typed} must be one of: {' '.join(known)}" in done.stderr
+    assert not (tmp_path / "results").exists()
 
 
 def test_no_launcher_comes_from_the_environment(make, monkeypatch):
