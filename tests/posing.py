@@ -25,6 +25,7 @@ import torch.cuda.amp.common
 from torch import Tensor
 from torch._decomp.decompositions import _replication_pad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -279,6 +280,12 @@ def driver(gpu: Gpu) -> list[contextlib.AbstractContextManager]:
         return {(where(device, found), dtype): found
                 for (device, dtype), found in group(lists, with_indices).items()}
 
+    def buckets(function: Callable) -> Callable:  # of gradients, which C++ makes beside them
+        def call(*args: object, **kwargs: object) -> object:
+            with gpu.making(True):
+                return function(*args, **kwargs)
+        return call
+
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "set_device": None,
                "get_device_name": NAME, "is_bf16_supported": True,
                "manual_seed_all": None, "is_current_stream_capturing": False}
@@ -288,6 +295,8 @@ def driver(gpu: Gpu) -> list[contextlib.AbstractContextManager]:
         mock.patch("torch.autocast", autocast),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch.object(optimizer, "_group_tensors_by_device_and_dtype", staticmethod(grouped))]
+    patches += [mock.patch.object(DistributedDataParallel, name, buckets(
+        getattr(DistributedDataParallel, name))) for name in ("_ddp_init_helper", "_pre_forward")]
     if hasattr(optimizer, "_accelerator_graph_capture_health_check"):  # it asks for a stream
         patches.append(mock.patch.object(optimizer, "_accelerator_graph_capture_health_check",
                                          lambda self: None))

@@ -6,6 +6,7 @@ mode refuses. Planted faults show that it sees them. Where there is a GPU, all b
 """
 
 import functools
+import importlib
 import inspect
 import json
 import re
@@ -15,12 +16,12 @@ import textwrap
 import posing
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import make_tiny_root
 
 import data
 import engine
 import interpret
-import metrics
 import models
 import train_cls
 import train_seg
@@ -28,6 +29,7 @@ import train_seg
 SCRIPTS = {"table1": train_cls, "table2": train_seg}
 TINY = {"table1": ["--depth", "1", "--width", "4", "--batch", "4"],
         "table2": ["--hourglasses", "1", "--width", "2", "--size", "16", "--batch", "2"]}
+NCCL = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else None
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no one to pose as it")
 
 
@@ -106,6 +108,27 @@ def test_a_stopped_run_goes_on_on_the_device(train, monkeypatch, precision):
     assert len(record["curve"]["loss"]) == 2
 
 
+@pytest.mark.parametrize("row", ["table1", "table2"])
+def test_a_process_of_a_group(train, tmp_path, monkeypatch, row):
+    """What torchrun starts, up to NCCL: DistributedDataParallel, and norms over all processes."""
+    join = functools.partial(dist.init_process_group, NCCL or "gloo", rank=0, world_size=1,
+                             init_method=f"file://{tmp_path}/group")
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: pytest.fail(
+        "each of its layers waits for the device, where there are several"))
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: join())
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert (train(row) / "seed0.json").exists() and not dist.is_initialized()
+
+
+def test_float32_is_float32_and_fresh_memory_is_not_filled(train):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    train("table1 --precision fp32 --deterministic")
+    assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_measurements_and_pictures(train, facades, tmp_path):
     base = train("table1", out="base") / "seed0.pt"
     frozen = train("table1 --composites --frozen --base", base, out="frozen") / "seed0.pt"
@@ -174,7 +197,7 @@ FAULTS = {
 def plant(monkeypatch, where, old, new):
     """Replace text in the source of a function, such as "engine.Run.save", for this test."""
     module, *path, name = where.split(".")
-    owner = functools.reduce(getattr, path, globals()[module])
+    owner = functools.reduce(getattr, path, importlib.import_module(module))
     function = inspect.unwrap(getattr(owner, name))
     lines, first = inspect.getsourcelines(function)
     source = textwrap.dedent("".join(lines))
