@@ -418,6 +418,7 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("before\n<!-- inference -->\n| form |") and page.endswith("<!-- /inference -->\nafter\n")
     assert f"| AOTInductor | {record['results'][3]['batch1']['median_ms']:.1f} |" in page
+    assert "| ONNX Runtime int8 (CPU) |" in page and record["results"][4]["provider"] == "CPU"
     assert (tmp_path / "bench/inference.png").stat().st_size > 10_000
 
 
