@@ -203,7 +203,11 @@ def handling(signals: tuple[int, ...], handler: Callable[[int, object], None]) -
 # ---- device and precision ----
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where it works, else the CPU. BadInput for a device that this machine lacks."""
+    """"auto" is CUDA where it works, else the CPU. BadInput for a device that this machine lacks.
+
+    From here on float32 is float32: cuDNN's default, TF32, keeps 10 bits of 23.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device)
@@ -295,7 +299,10 @@ def share(batch: Tensor) -> Tensor:
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batch of all processes, for the CPU, where nn.SyncBatchNorm does not run."""
+    """BatchNorm over the batch of all processes.
+
+    nn.SyncBatchNorm does not run on a CPU, and on a GPU each of its layers waits for the device.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -344,13 +351,12 @@ class Replica(nn.Module):
 
     def __init__(self, model: nn.Module, step_forward: Callable):
         super().__init__()
-        on_cuda = next(model.parameters()).is_cuda
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.__class__ = SharedDropout
-            elif isinstance(module, nn.BatchNorm2d) and not on_cuda:
+            elif isinstance(module, nn.BatchNorm2d):
                 module.__class__ = SyncedBatchNorm
-        self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_cuda else model
+        self.model = model
         self.step_forward = step_forward
 
     def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -486,6 +492,7 @@ class Run:
         if cfg.deterministic:  # read when cuBLAS starts; without the flag cuBLAS keeps its own workspace
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(cfg.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
         self.cfg = cfg
         self.dtype = pick_dtype(cfg.precision, self.device)
         self.environment = environment(self.device, self.dtype)  # now: the source may change while it runs

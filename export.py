@@ -106,6 +106,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -371,12 +372,37 @@ def show(name: str, found: dict) -> None:
           f"{100 * found['argmax_agreement']:.3f} %")
 
 
+def check_compiler(device: torch.device) -> None:
+    """Refuse, before any work, a device for which no AOTInductor package can be built here."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise BadInput("no C++ compiler (CXX, else g++), which the AOTInductor package needs; "
+                       "install one, or --no-aot")
+    if device.type != "cuda":
+        return
+    from torch.utils import cpp_extension  # imported here, as it looks for CUDA and says so
+    home, places = cpp_extension.CUDA_HOME, []
+    if home is not None:
+        places = [*[f"-I{path}" for path in cpp_extension.include_paths("cuda")],
+                  *[f"-L{path}{stubs}" for path in cpp_extension.library_paths("cuda")
+                    for stubs in ("", "/stubs")]]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [compiler, "-x", "c++", "-", "-o", f"{folder}/program", *places, "-lcuda"], text=True,
+            capture_output=True, input="#include <cuda.h>\nint main() { return cuInit(0); }\n")
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines()
+                       if "error" in line or "cannot find" in line), "the compiler failed")
+        raise BadInput(f"the AOTInductor package needs cuda.h and libcuda.so, and CUDA_HOME is "
+                       f"{home} ({reason}); set CUDA_HOME to a CUDA toolkit, or to the nvidia/cu13 "
+                       f"folder beside torch's own, which has the headers; or --no-aot")
+
+
 def main(argv: list[str] | None = None) -> None:
     cfg = engine.parse(Config, __doc__, argv)
     device = engine.pick_device(cfg.device)
-    torch.backends.cudnn.allow_tf32 = False  # parity is judged in true float32
-    if cfg.aot and not shutil.which(os.environ.get("CXX", "g++")):
-        raise BadInput("no C++ compiler (CXX, else g++), which the AOTInductor package needs; install one, or --no-aot")
+    if cfg.aot:
+        check_compiler(device)
     model, record = engine.load_trained(Path(cfg.checkpoint), device)
     dataset = data.load_recorded(record, data.find_root(cfg.data_root))
     split, names, batch = dataset.test, dataset.classes, record["config"]["batch"]

@@ -15,7 +15,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +135,28 @@ def measure(cfg: Config) -> dict:
         wait()
         seconds.append(time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else memory_mb("VmHWM") - before
-    return {"peak_mb": memory, "seconds": seconds}
+    how, form, _ = BACKENDS[cfg.only]
+    onnx = how == "file" and cfg.file(form).suffix == ".onnx"
+    more = {"provider": providers_of(cfg.file(form), images)} if onnx else {}
+    return {"peak_mb": memory, "seconds": seconds, **more}
+
+
+def providers_of(path: Path, images: Tensor) -> str:
+    """What ONNX Runtime runs a file's nodes on, most nodes first, such as "CUDA, CPU".
+
+    Read from a profile: where a provider does not start, or has no kernel for a node, the next one
+    takes it without an error, and a session lists what it was given rather than what it uses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
+        session = onnxruntime.InferenceSession(
+            path, options, providers=onnxruntime.get_available_providers())
+        session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    used = Counter(event["args"]["provider"] for event in events
+                   if event.get("args", {}).get("provider"))
+    return ", ".join(name.removesuffix("ExecutionProvider") for name, _ in used.most_common())
 
 
 def parity_of(cfg: Config) -> dict:
@@ -195,6 +218,7 @@ def summarise(rounds: list[dict], names: list[str], found: dict[str, dict]) -> l
     rows = []
     for name in names:
         row = {"name": name, "quality": found[name]}
+        row |= {key: value for key, value in rounds[0][name][1].items() if key == "provider"}
         for batch in BATCHES:
             seconds = np.concatenate([one[name][batch]["seconds"] for one in rounds])
             ratios = [statistics.median(one[BASE][batch]["seconds"]) / statistics.median(one[name][batch]["seconds"])
@@ -215,8 +239,9 @@ def render(record: dict) -> str:
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
     for row in record["results"]:
         one, many = row["batch1"], row["batch8"]
-        lines.append(f"| {row['name']} | {one['median_ms']:.1f} | {one['p95_ms']:.1f} | {one['ratio']:.2f} "
-                     f"({one['ratio_low']:.2f} to {one['ratio_high']:.2f}) | {one['images_per_second']:.1f} | "
+        name = f"{row['name']} ({row['provider']})" if "provider" in row else row["name"]
+        lines.append(f"| {name} | {one['median_ms']:.1f} | {one['p95_ms']:.1f} "
+                     f"| {one['ratio']:.2f} ({one['ratio_low']:.2f} to {one['ratio_high']:.2f}) | {one['images_per_second']:.1f} | "
                      f"{many['images_per_second']:.1f} | {one['peak_mb']} | {100 * row['quality'][key]:.2f} |")
     environment = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

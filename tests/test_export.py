@@ -431,6 +431,7 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     assert table.startswith("| form |")
     assert f"| AOTInductor | {record['results'][3]['batch1']['median_ms']:.1f} |" in table
     assert "\nHourGlass(1,8), trained on mini facade, 32 pixels a side" in table
+    assert "| ONNX Runtime int8 (CPU) |" in table and record["results"][4]["provider"] == "CPU"
     assert (tmp_path / "bench/inference.png").stat().st_size > 10_000
 
 
