@@ -122,11 +122,11 @@ from onnxscript.rewriter import pattern
 from torch import Tensor, nn
 
 import data
-import engine
 import metrics
 import models
-from data import BadInput
-from engine import flag
+from lab import cli, devices, engine, files
+from lab.cli import flag
+from lab.files import BadInput
 from lab.progress import progress
 
 warnings.filterwarnings("ignore", "`torch.jit|torch.quantize_per_tensor")  # deprecated; here they make one form of many
@@ -399,11 +399,11 @@ def check_compiler(device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, __doc__, argv)
-    device = engine.pick_device(cfg.device)
+    cfg = cli.parse(Config, __doc__, argv)
+    device = devices.pick_device(cfg.device)
     if cfg.aot:
         check_compiler(device)
-    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     dataset = data.load_recorded(record, data.find_root(cfg.data_root))
     split, names, batch = dataset.test, dataset.classes, record["config"]["batch"]
     about = describe(model, record)
@@ -453,9 +453,9 @@ def main(argv: list[str] | None = None) -> None:
               "size": split.images.shape[-1], "layers_in_float": in_float,
               "environment": engine.environment(device, torch.float32), "onnxruntime": onnxruntime.__version__,
               "instructions": instructions(), "forms": forms}
-    engine.write_atomic(out / "parity.json", (json.dumps(engine.jsonable(report), indent=1) + "\n").encode())
+    files.write_atomic(out / "parity.json", (json.dumps(files.jsonable(report), indent=1) + "\n").encode())
     print(f"models {out}/")
 
 
 if __name__ == "__main__":
-    sys.exit(engine.guard(main))
+    sys.exit(cli.guard(main))

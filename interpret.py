@@ -28,14 +28,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 import data
-import engine
 import figures
 import models
 import study
-from data import BadInput, Composites, Dataset, Split
-from engine import flag
-from lab import records
+from data import Composites
+from lab import batches, cli, devices, engine, files, records
+from lab.batches import Dataset, Split
+from lab.cli import flag
+from lab.files import BadInput
 from lab.progress import progress
+from study import Protocol
 
 TEST_GRIDS = 1  # seed of the held-out grids, as in data.load_composites
 
@@ -51,7 +53,7 @@ class Config:
     images: int = flag(10000, "measure: held-out images")
     sweep_images: int = flag(1000, "measure: held-out images that are moved by every shift")
     out: str | None = flag(None, "measure: folder of the record")
-    study: engine.Protocol = flag(None, "whose records to draw")
+    study: Protocol = flag(None, "whose records to draw")
     results: str = flag("results", "study: folder of the records")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
@@ -83,8 +85,8 @@ def activation_maps(model: nn.Module, features: Tensor) -> Tensor:
 def look(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) of a split, and the class activation maps (N, classes, h, w) that they sum."""
     maps = []
-    batches = data.batches(dataset, split, batch)
-    for images, _ in progress(batches, "attention", -(-len(split) // batch)):
+    parts = batches.in_order(dataset, split, batch)
+    for images, _ in progress(parts, "attention", -(-len(split) // batch)):
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             features = model.features(images)
         maps.append(activation_maps(model, features))
@@ -215,8 +217,8 @@ def equivariance_error(model: nn.Module, images: Tensor, shifts: int = 8) -> lis
 
 def measure(cfg: Config) -> None:
     """Write OUT/seed<k>.npz and, last, OUT/seed<k>.json; nothing where the record exists."""
-    device = engine.pick_device(cfg.device)
-    model, trained = engine.load_trained(Path(cfg.measure), device)
+    device = devices.pick_device(cfg.device)
+    model, trained = engine.load_trained(Path(cfg.measure), device, models.build)
     config = trained["config"]
     if "depth" not in config:
         raise BadInput(f"--measure {cfg.measure} is a segmentation network; it measures classifiers")
@@ -241,7 +243,7 @@ def measure(cfg: Config) -> None:
                          "circular": equivariance_error(with_circular_padding(model), images)}
         scores = {f"equivariance_error_{padding}": float(np.mean(error)) for padding, error in more["error"].items()}
     made_of = f"{data.IDX_DIGESTS} {config['split']} {cfg.images}"
-    record = engine.jsonable({
+    record = files.jsonable({
         "script": "interpret.py", "config": {**config, "images": cfg.images, "sweep_images": cfg.sweep_images},
         "data": hashlib.sha256(made_of.encode()).hexdigest(), "environment": engine.environment(device, bench.dtype),
         "trained": trained, "metrics": {"test": scores}, **more})
@@ -249,8 +251,8 @@ def measure(cfg: Config) -> None:
         half = lambda array: array.float() if array.dtype == torch.float64 else array
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **{key: half(x).cpu().numpy() for key, x in arrays.items()})
-        engine.write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
-    engine.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+        files.write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
+    files.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     print("  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
     print(f"record {path}")
 
@@ -263,7 +265,7 @@ def draw_figure1(cfg: Config, device: torch.device) -> figures.Figure:
     for name, file in (("frozen", cfg.frozen), ("scratch", cfg.scratch)):
         if not Path(file).exists():
             raise BadInput(f"{file} is not there: `make interpret` trains the surrogates, or name one with --{name}")
-        runs[name] = engine.load_trained(Path(file), device)
+        runs[name] = engine.load_trained(Path(file), device, models.build)
         if not runs[name][1]["config"].get("composites"):
             raise BadInput(f"--{name} {file} is no surrogate: train it with train_cls.py --composites")
     root = data.find_root(cfg.data_root)
@@ -309,7 +311,7 @@ def draw_images(model: nn.Module, record: dict, paths: tuple[str, ...],
         if width * height > data.IMAGE_LIMIT:
             raise BadInput(f"{path} is {image.width}x{image.height}: too long for its width; crop it")
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).reshape(height, width, -1)
-        batch = data.normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device),
+        batch = batches.normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device),
                                tuple(about["mean"]), tuple(about["std"]))
         images.append(np.asarray(image))
         if segments:
@@ -381,16 +383,16 @@ def draw_study(protocol: str, results: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, __doc__, argv)
+    cfg = cli.parse(Config, __doc__, argv)
     if cfg.study is not None:
         return draw_study(cfg.study, Path(cfg.results))
     if cfg.measure is not None:
         return measure(cfg)
-    device = engine.pick_device(cfg.device)
+    device = devices.pick_device(cfg.device)
     if cfg.checkpoint is None:
         return figures.save(draw_figure1(cfg, device), Path(cfg.figure or "attention.png"))
     path = Path(cfg.figure or "predictions.png")
-    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     if cfg.image is not None:
         draw = lambda page: figures.marked(draw_images(model, record, page, device), [record])
         figures.save_pages(draw, cfg.image, path)
@@ -399,4 +401,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(engine.guard(main))
+    sys.exit(cli.guard(main))

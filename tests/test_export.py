@@ -20,11 +20,11 @@ from conftest import make_tiny_root, real_root
 from PIL import Image
 
 import data
-import engine
 import export
 import models
 import train_cls
 import train_seg
+from lab import cli, engine
 
 REPO = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def seg(tmp_path_factory):
     root = make_tiny_root(folder / "root")
     argv = ["--protocol", "smoke", "--hourglasses", "1", "--device", "cpu", "--data-root", str(root)]
     argv += ["--epochs", "30", "--batch", "2", "--lr", "5e-3"]  # enough to have something to lose
-    assert engine.guard(lambda: train_seg.main([*argv, "--out", str(folder)])) == 0
+    assert cli.guard(lambda: train_seg.main([*argv, "--out", str(folder)])) == 0
     assert run("--checkpoint", folder / "seed0.pt", "--data-root", root) == 0
     return folder
 
@@ -46,7 +46,7 @@ def cls(tmp_path_factory):
     """The same for a classifier, without the AOTInductor package."""
     root, folder = real_root("FashionMNIST"), tmp_path_factory.mktemp("cls")
     argv = ["--protocol", "smoke", "--depth", "1", "--device", "cpu", "--data-root", str(root)]
-    assert engine.guard(lambda: train_cls.main([*argv, "--out", str(folder)])) == 0
+    assert cli.guard(lambda: train_cls.main([*argv, "--out", str(folder)])) == 0
     assert run("--checkpoint", folder / "seed0.pt", "--data-root", root, "--no-aot") == 0
     return folder
 
@@ -60,7 +60,7 @@ def runner():
 
 
 def run(*flags):
-    return engine.guard(lambda: export.main([*map(str, flags), "--device", "cpu"]))
+    return cli.guard(lambda: export.main([*map(str, flags), "--device", "cpu"]))
 
 
 def parity(folder):
@@ -90,7 +90,7 @@ def test_a_classifier_too(cls):
 @pytest.mark.parametrize("name", [*export.FILES.values()])
 def test_any_batch_size_and_layout(seg, name):
     """The export saw two square images; batch 1, other sizes and channels_last must give the same as eager."""
-    model, record = engine.load_trained(seg / "seed0.pt", torch.device("cpu"))
+    model, record = engine.load_trained(seg / "seed0.pt", torch.device("cpu"), models.build)
     eager = models.Deployed(model, record["about_data"]["mean"], record["about_data"]["std"])
     form = export.open_form(seg / "seed0" / name)
     with torch.inference_mode():
@@ -420,7 +420,7 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_inference, "measure_apart", measure)
     argv = ["--checkpoint", seg / "seed0.pt", "--data-root", seg / "root", "--size", "32", "--rounds", "1", "--seconds",
             "0.01", "--threads", "1", "--device", "cpu", "--record", tmp_path / "bench/inference.json"]
-    assert engine.guard(lambda: bench_inference.main([*map(str, argv)])) == 0
+    assert cli.guard(lambda: bench_inference.main([*map(str, argv)])) == 0
     record = json.loads((tmp_path / "bench/inference.json").read_text())
     assert [row["name"] for row in record["results"]] == [*rows]
     for row in record["results"]:
@@ -439,5 +439,5 @@ def test_bench_refusals(seg, tmp_path, capsys):
     for flags, message in ((["--checkpoint", seg / "seed0.pt", "--models", tmp_path], "parity.json is missing: run"),
                            ([], "--checkpoint is missing"), (["--checkpoint", "x", "--size", "0"], "--size 0: must be"),
                            (["--checkpoint", "x", "--only", "caffe"], "--only caffe: must be one of eager,")):
-        assert engine.guard(lambda: bench_inference.main([*map(str, flags)])) == 2
+        assert cli.guard(lambda: bench_inference.main([*map(str, flags)])) == 2
         assert message in capsys.readouterr().err

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-import engine
 import export
+from lab import cli, devices, engine
 
 GPU = torch.device("cuda")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++: install it")
@@ -38,11 +38,11 @@ def test_a_toolkit_that_lacks_a_part_is_refused_before_the_work(
     home = toolkit(tmp_path / "cuda", header, library)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
-    monkeypatch.setattr(engine, "pick_device", lambda name: GPU)
+    monkeypatch.setattr(devices, "pick_device", lambda name: GPU)
     monkeypatch.setattr(engine, "load_trained", lambda *args: pytest.fail("the work began"))
     if torch.cuda.is_available() or Path("/usr/include/cuda.h").exists():
         pytest.skip("this machine's own CUDA is found where the toolkit's is missing")
-    assert engine.guard(lambda: export.main(["--checkpoint", "seed0.pt", "--device", "cuda"])) == 2
+    assert cli.guard(lambda: export.main(["--checkpoint", "seed0.pt", "--device", "cuda"])) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: the AOTInductor package needs cuda.h and libcuda.so, ")
     assert f"CUDA_HOME is {home} (" in said and "set CUDA_HOME to" in said and "--no-aot" in said

@@ -11,10 +11,9 @@ import time
 import pytest
 import torch
 
-import engine
 import export
 import train_seg
-from lab import progress
+from lab import cli, engine, progress
 
 LINE = re.compile(r"(.*): (\d+) % of (\d+) (\w+), \d\d:\d\d gone, \d\d:\d\d to go(, loss [\d.]+)?")
 
@@ -72,7 +71,7 @@ def test_training_and_evaluation(tiny_root, tmp_path, every, capsys):
     every(0)
     argv = ["--protocol", "smoke", "--batch", "2", "--device", "cpu"]
     argv += ["--data-root", str(tiny_root), "--out", str(tmp_path)]
-    assert engine.guard(lambda: train_seg.main(argv)) == 0
+    assert cli.guard(lambda: train_seg.main(argv)) == 0
     found = {what: (int(total), unit) for what, _, total, unit, _ in lines(capsys)}
     assert found == {"epoch 1/2": (6, "images"), "epoch 2/2": (6, "images"),
                      "evaluation": (2, "batches"), "average precision": (5, "classes")}
