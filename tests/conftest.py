@@ -4,6 +4,8 @@ from pathlib import Path
 
 # the networks here are tiny: more threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
+# read when cuBLAS starts: on a GPU a test of --deterministic may come after others
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 from PIL import Image
