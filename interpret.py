@@ -364,19 +364,16 @@ def draw_study(protocol: str, results: Path) -> None:
                      figures.draw_curves(rows)}
         if table == "table2":
             pictures["imbalance.png"] = figures.draw_imbalance(next(iter(next(iter(rows.values())).values())))
-    rows = study.load_records(folder / "attention", protocol)
-    if rows:
+    if rows := study.load_records(folder / "attention", protocol):
         pictures["ties.png"] = figures.draw_ties(rows)
         if swept := rows.get("frozen-tie0"):
             sweep = records.mean_arrays(swept, ("sweep_accuracy", "sweep_consistency"))
             pictures["shifts.png"] = figures.draw_shifts("frozen", swept, sweep)
         names = next(iter(next(iter(rows.values())).values()))["trained"]["about_data"]["classes"]
-        confusions = {f"{row}, all seeds": records.summed_confusion(rows[row], len(names))
-                      for row in ("frozen-tie0.9", "scratch-tie0.9") if row in rows}
-        if confusions:
+        if confusions := {f"{row}, all seeds": records.summed_confusion(rows[row], len(names))
+                          for row in ("frozen-tie0.9", "scratch-tie0.9") if row in rows}:
             pictures["confusion.png"] = figures.draw_confusions(confusions, names)
-    rows = study.load_records(folder / "equivariance", protocol)
-    if rows:
+    if rows := study.load_records(folder / "equivariance", protocol):
         pictures["equivariance.png"] = figures.draw_equivariance(rows)
     for name, figure in pictures.items():
         figures.save(figure, folder / name)

@@ -143,8 +143,7 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
 
     folder = tmp_path / "results/smoke/attention"
     measure("frozen", folder / "frozen-tie0")
-    told = capsys.readouterr().err
-    assert "attention: 100 % of 1 batches" in told and "sweep: 50 % of 841 shifts" in told
+    assert "sweep: 50 % of 841 shifts" in capsys.readouterr().err
     measure("scratch", folder / "scratch-tie0.9")
     record = json.loads((folder / "frozen-tie0/seed0.json").read_text())
     scores, arrays = record["metrics"]["test"], np.load(folder / "frozen-tie0/seed0.npz")

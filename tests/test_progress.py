@@ -46,12 +46,12 @@ def test_the_inner_one_is_silent_until_the_outer_one_ended_or_broke(every, capsy
     every(0)
     for _ in progress.progress(range(2), "outer"):
         assert list(progress.progress("ab", "inner")) == ["a", "b"]
-    assert [line[0] for line in lines(capsys)] == ["outer", "outer"]
+    assert [line[0] for line in lines(capsys)] == ["outer"]
     with pytest.raises(ZeroDivisionError):
         for _ in progress.progress(range(2), "broken"):
             1 / 0
     list(progress.progress("ab", "next"))
-    assert [line[0] for line in lines(capsys)] == ["next", "next"]
+    assert [line[0] for line in lines(capsys)] == ["next"]
 
 
 def test_a_terminal_gets_a_bar_instead():
@@ -83,6 +83,5 @@ def test_the_export(every, capsys):
     calibration = export.Calibration(images)
     assert len(list(iter(calibration.get_next, None))) == 3
     assert len(export.logits_of(lambda part: part, images, 2)) == 3
-    assert [line[:4] for line in lines(capsys)[1:4]] == [
-        ("calibration", "67", "3", "images"), ("calibration", "100", "3", "images"),
-        ("evaluation", "50", "2", "batches")]
+    assert [line[:4] for line in lines(capsys)[1:]] == [
+        ("calibration", "67", "3", "images"), ("evaluation", "50", "2", "batches")]

@@ -11,7 +11,7 @@ import export
 import models
 import figures
 import interpret
-import metrics
+import study
 import train_seg
 from lab import cli, engine
 
@@ -47,12 +47,12 @@ def test_scores(trained, capsys):
 def test_tables_and_verdicts(trained):
     results = trained.parents[2]
     for what in ("table2", "claims"):
-        metrics.main([what, "--protocol", "smoke", "--results", str(results)])
+        study.main([what, "--protocol", "smoke", "--results", str(results)])
         text = (results / f"smoke/{what}.md").read_text()
         assert text.endswith("SYNTHETIC data: drawn, not photographed.\n")
     record = json.loads((trained / "seed0.json").read_text())
     record["about_data"]["synthetic"] = False
-    assert "SYNTHETIC" not in metrics.render({"standard": {0: record}}, "table2", 1)
+    assert "SYNTHETIC" not in study.render({"standard": {0: record}}, "table2", 1)
 
 
 def test_figures(trained, monkeypatch):
