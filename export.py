@@ -10,7 +10,7 @@ and gives float32 logits. Normalisation is inside, BatchNorm is folded into the 
     model.ts.pt            TorchScript, for Python and C++
     model.pt2              AOTInductor, compiled for the machine that makes it, for Python and C++
     model.onnx             float32
-    model.int8.onnx        8-bit weights and activations, calibrated on training images
+    model.int8.onnx        8 bits, calibrated on training images; weights use 7, so that every CPU computes the same
     model.int8-ort.onnx    the same numbers, arranged for ONNX Runtime's speed
     model.int8.ts.pt       8 bits in TorchScript, for Python and C++
     parity.json            how each compares with the trained model on the whole held-out split
@@ -219,9 +219,29 @@ def layers_of(path: Path) -> tuple[list[str], list[str]]:
             [node.name for node in nodes if node.op_type in ("Conv", "MatMul")])
 
 
+def seven_bits(path: Path) -> dict[str, list[dict]]:
+    """The range of each output channel of each weight, a 63rd wider than it is, for `quantize_static`.
+
+    Where a CPU lacks VNNI, kernels add two products of a weight and an activation in 16 bits:
+    2 * 255 * 64 fits, 2 * 255 * 127 saturates. ONNX Runtime's own reduced range ends at 64, a 7-bit
+    number at 63.
+    """
+    graph, ranges = onnx.load(path).graph, {}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        axis = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1, "LayerNormalization": 0}.get(node.op_type)
+        if axis is not None and node.input[1] in weights:
+            values = np.moveaxis(onnx.numpy_helper.to_array(weights[node.input[1]]), axis, 0)
+            most = abs(values).reshape(len(values), -1).max(1) * np.float32(64 / 63)
+            ranges[node.input[1]] = [{"axis": axis, "rmin": -value, "rmax": value} for value in most]
+    return ranges
+
+
 def quantise(source: Path, target: Path, images: Tensor, about: dict[str, str], keep: list[str],
              only: list[str] | None = None) -> None:
     """Static 8-bit QDQ form of an ONNX file: weights signed per channel, activations unsigned per tensor.
+
+    Weights have 7 bits, in [-63, 63] (see `seven_bits`), so that every CPU computes the same.
 
     Adds, pools and upsamplings are quantised with the convolutions, so that the whole chain stays in
     8 bits. Ranges are the extremes over the calibration images. `keep` names nodes that stay in float;
@@ -230,6 +250,7 @@ def quantise(source: Path, target: Path, images: Tensor, about: dict[str, str], 
     logging.disable(logging.WARNING)  # it advises to fold and to infer shapes first, which the export did
     quantization.quantize_static(
         str(source), str(target), Calibration(images), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+        reduce_range=True, extra_options={"TensorQuantOverrides": seven_bits(source)},
         weight_type=quantization.QuantType.QInt8, activation_type=quantization.QuantType.QUInt8,
         calibrate_method=quantization.CalibrationMethod.MinMax, nodes_to_quantize=only,
         nodes_to_exclude=[*layers_of(source)[0], *keep])
@@ -330,6 +351,17 @@ def write_int8(source: Path, target: Path, images: Tensor, about: dict[str, str]
             print(f"{error}; tries again with {len(keep)} of {len(worst)} layers in float")
 
 
+def instructions() -> list[str]:
+    """The instruction sets that the CPU forms were proven on: torch's own choice, then those that 8 bits depend on."""
+    known = {"avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve"}
+    try:
+        found = known.intersection(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        found = set()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return [torch.backends.cpu.get_cpu_capability(), *sorted(found), *[f"ONEDNN_MAX_CPU_ISA={limit}"] * bool(limit)]
+
+
 def show(name: str, found: dict) -> None:
     scores = "  ".join(f"{key} {100 * found[key]:.2f}" for key in ("accuracy", "map", "wgap") if key in found)
     print(f"{name:<27} {scores}  logits differ by at most {found['max_difference']:.1e}, argmax agrees in "
@@ -390,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
     report = {"checkpoint": Path(cfg.checkpoint).name, **about, "split": dataset.held_out, "images": len(split),
               "size": split.images.shape[-1], "layers_in_float": in_float,
               "environment": engine.environment(device, torch.float32), "onnxruntime": onnxruntime.__version__,
-              "forms": forms}
+              "instructions": instructions(), "forms": forms}
     engine.write_atomic(out / "parity.json", (json.dumps(engine.jsonable(report), indent=1) + "\n").encode())
     print(f"models {out}/")
 

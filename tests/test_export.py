@@ -78,6 +78,7 @@ def test_every_form_is_there_and_passed(seg):
         else:
             assert form["max_difference"] <= 1e-4 and abs(form["map"] - exact["map"]) < 1e-4
     assert report["images"] == 3 and report["size"] == 32 and report["layers_in_float"] == []
+    assert report["instructions"][0] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_a_classifier_too(cls):
@@ -139,6 +140,56 @@ def test_int8_is_int8_from_end_to_end(seg):
     script = torch.jit.load(seg / "seed0/model.int8.ts.pt").inlined_graph
     assert not script.findAllNodes("aten::conv2d") and len(script.findAllNodes("quantized::add_relu")) == 10
     assert sum(len(script.findAllNodes(f"quantized::{kind}")) for kind in ("conv2d", "conv2d_relu")) == 28
+
+
+def weights_of(path):
+    """The quantised weights of an 8-bit form, as integers, read from its file."""
+    if path.suffix == ".onnx":
+        tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+        return [values for values in tensors.values() if values.dtype == np.int8 and values.ndim > 1]
+    graph = torch.jit.load(path).inlined_graph  # named, or its nodes would go with it
+    constants = [node.output() for node in graph.findAllNodes("prim::Constant")]
+    objects = [constant.toIValue() for constant in constants if constant.type().kind() == "ClassType"]
+    return [packed.unpack()[0].int_repr().numpy() for packed in objects]
+
+
+@pytest.mark.parametrize("name", ["model.int8.onnx", "model.int8-ort.onnx", "model.int8.ts.pt"])
+def test_weights_have_7_bits(seg, cls, name):
+    """CPUs without VNNI add two products in 16 bits, which saturate with 8-bit weights: another result on each CPU."""
+    for folder, layers in ((seg, 28), (cls, 9)):
+        weights = weights_of(folder / "seed0" / name)
+        assert len(weights) == layers and all(-64 <= values.min() and values.max() <= 63 for values in weights)
+        assert all(np.abs(values).max() == 63 for values in weights)  # and use them
+
+
+ON_ONE_ISA = """import sys, torch
+form, images, out = sys.argv[1:]
+with torch.inference_mode():
+    torch.save(torch.jit.load(form)(torch.load(images)), out)"""
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_8_bits_are_the_same_without_vnni(seg, tmp_path, isa):
+    """oneDNN held to an older instruction set gives the logits of the newest one; rounding of ties may differ."""
+    images = torch.from_numpy(np.stack([data.synthetic_facade(i, 64)[0] for i in range(4)])).permute(0, 3, 1, 2)
+    torch.save(images.contiguous(), tmp_path / "images")
+    subprocess.run([sys.executable, "-c", ON_ONE_ISA, seg / "seed0/model.int8.ts.pt", tmp_path / "images",
+                    tmp_path / "logits"], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa})
+    exact, here = (export.open_form(seg / "seed0" / name)(images) for name in ("model.ts.pt", "model.int8.ts.pt"))
+    moved, lost = (torch.load(tmp_path / "logits") - here).abs().mean(), (here - exact).abs().mean()
+    assert moved < 0.25 * lost
+
+
+@pytest.mark.parametrize("name", ["model.int8.onnx", "model.int8-ort.onnx"])
+def test_8_bits_are_what_the_file_says(seg, name):
+    """ONNX Runtime's 8-bit kernels against the same file unoptimised, which goes through float32 at every layer."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = onnxruntime.InferenceSession(seg / "seed0" / name, options, providers=["CPUExecutionProvider"])
+    images = torch.from_numpy(np.stack([data.synthetic_facade(i, 64)[0] for i in range(4)])).permute(0, 3, 1, 2)
+    exact, here = (export.open_form(seg / "seed0" / form)(images) for form in ("model.ts.pt", name))
+    said = torch.from_numpy(plain.run(None, {"images": images.numpy()})[0])
+    assert (said - here).abs().mean() < 0.25 * (here - exact).abs().mean()
 
 
 # ---- the gate ----
