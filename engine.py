@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 import data
 import models
-from data import BadInput, Dataset, Split
+from data import Dataset, Split
+from lab.files import BadInput, write_atomic
 
 SOURCE = Path(__file__).parent
 
@@ -356,28 +357,6 @@ class Replica(nn.Module):
 
 # ---- one run: its files, its resume, its record ----
 
-def write_atomic(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a whole file or none: a reader, or a run killed at any moment, never sees half of it.
-
-    What the file held so far is kept as `previous`, if that is given.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a link that someone put there would be followed
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; nothing was lost, free or change the place and run again",
-                      str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint of this project, unpickled without running code. BadInput if it is anything else."""
     try:
@@ -445,7 +424,8 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
         models_named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = f"{(models_named or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
     return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes),
-            "source_sha256": data.tree_digest([(path.name, path.read_bytes()) for path in SOURCE.glob("*.py")]),
+            "source_sha256": data.tree_digest([(path.relative_to(SOURCE).as_posix(), path.read_bytes())
+                                               for folder in (SOURCE, SOURCE / "lab") for path in folder.glob("*.py")]),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": torchvision.__version__, "platform": platform.platform(), "device": name,
             "processes": ranks(),
