@@ -269,6 +269,6 @@ bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner | $(filter expor
 # needs libpng-dev and libjpeg-dev; linked like this, torch's CUDA build needs no CUDA toolkit; RPATH, not RUNPATH, since
 # a .pt2 loads libtorch as well
 cpp/runner: TORCH = $(shell $(PY) -c "import torch; print(torch.__path__[0])")
-cpp/runner: cpp/runner.cpp | $(ENV)
+cpp/runner: cpp/runner.cpp cpp/images.h | $(ENV)
 	$(CXX) -std=c++20 -O2 $< -o $@ -isystem "$(TORCH)/include" -isystem "$(TORCH)/include/torch/csrc/api/include" \
 	  -L"$(TORCH)/lib" -Wl,-rpath,"$(TORCH)/lib",--disable-new-dtags,--as-needed -ltorch_cpu -lc10 -lpng -ljpeg

@@ -17,7 +17,6 @@ import errno
 import functools
 import gzip
 import hashlib
-import io
 import os
 import re
 import subprocess
@@ -31,14 +30,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from lab.batches import Dataset, Split
-from lab.files import BadInput, tree_digest
+from lab.files import BadInput, colours, read_image, tree_digest
 
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
 FACADE_CLASSES = ("others", "facade", "pillar", "window", "balcony")
@@ -51,8 +49,6 @@ IDX_DIGESTS = {"FashionMNIST": "d0a13531871adf77cb1d75902c9d2a2fdf613723748f5e8c
                "MNIST": "474311efcf1fd213e64768801dc6195673bffb8385179d6c55cd8748b9e2e8ca"}
 FACADE_DIGEST = "564badef964a560f60dcb510517bdb3ac686cff15183787c2d942a35148b4850"
 ARCHIVE_LIMIT = 1 << 28  # bytes that an archive may have, and may unpack to; the largest set has 55 MB
-IMAGE_LIMIT = 1 << 26  # pixels of an image
-IMAGE_FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP")  # Pillow knows more, and starts programs for some
 
 # Crops i, i + 302 and i + 604 of the training set show one photo, so splits go by photo, never by
 # crop. The test crops show 67 other photos: these are the numbers of their sources in the CMP base
@@ -251,20 +247,6 @@ def load_composites(root: Path, split: str = "full", limit: int = 60000, tie: fl
 
 # ---- facades ----
 
-def read_image(path: Path, content: bytes) -> Image.Image:
-    try:
-        Image.open(io.BytesIO(content), formats=IMAGE_FORMATS).verify()  # a PNG's checksums: load skips them
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        if image.width * image.height > IMAGE_LIMIT:
-            raise ValueError(f"{image.width}x{image.height} pixels, more than {IMAGE_LIMIT >> 20} million")
-        image.load()
-    except Exception as error:  # PIL raises many kinds for a damaged file
-        raise BadInput(f"{path} cannot be read as an image ({error}); replace it or fetch the set anew") from error
-    if image.mode == "F" or image.mode.startswith("I"):  # all of it above 255 would become 255
-        raise BadInput(f"{path} is a {image.format} of mode {image.mode}; save it with 8 bits a channel")
-    return image
-
-
 def read_pair(image_path: Path, content: bytes, mask_path: Path, mask_content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """One checked pair: image uint8 (H, W, 3), mask uint8 (H, W) of values in [0, 5)."""
     image, mask = read_image(image_path, content), read_image(mask_path, mask_content)
@@ -279,7 +261,7 @@ def read_pair(image_path: Path, content: bytes, mask_path: Path, mask_content: b
         meaning = ", ".join(f"{i} {name}" for i, name in enumerate(FACADE_CLASSES))
         raise BadInput(f"{mask_path} has the value {mask.max()} in {int((mask == mask.max()).sum())} pixels; "
                        f"the classes are {meaning}")
-    return np.asarray(image.convert("RGB")), mask
+    return colours(image, 3), mask
 
 
 def read_folder(folder: Path) -> tuple[Tensor, Tensor, list[tuple[str, bytes]]]:

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import data
@@ -35,7 +34,7 @@ from data import Composites
 from lab import batches, cli, devices, engine, files, records
 from lab.batches import Dataset, Split
 from lab.cli import flag
-from lab.files import BadInput
+from lab.files import BadInput, colours, read_image, shown, to_size
 from lab.progress import progress
 from study import Protocol
 
@@ -301,22 +300,17 @@ def draw_predictions(model: nn.Module, record: dict, root: Path, device: torch.d
 @torch.inference_mode()
 def draw_images(model: nn.Module, record: dict, paths: tuple[str, ...],
                 device: torch.device) -> figures.Figure:
-    """A user's images, scaled to the training size: the three likeliest classes' attention, or all probabilities."""
+    """A user's images, brought to the training size: the likeliest classes' attention, or all probabilities."""
     about, segments = record["about_data"], "arch" in record["config"]
     images, maps, captions = [], [], []
     for path in paths:
-        image = data.read_image(Path(path), Path(path).read_bytes()).convert("RGB" if segments else "L")
-        scale = about["size"] / min(image.size)
-        width, height = (max(1, round(side * scale / model.stride)) * model.stride for side in image.size)
-        if width * height > data.IMAGE_LIMIT:
-            raise BadInput(f"{path} is {image.width}x{image.height}: too long for its width; crop it")
-        pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).reshape(height, width, -1)
-        batch = batches.normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device),
-                               tuple(about["mean"]), tuple(about["std"]))
-        images.append(np.asarray(image))
+        image = colours(read_image(path), 3 if segments else 1)
+        pixels = torch.from_numpy(to_size(image, about["size"])).permute(2, 0, 1)[None]
+        batch = batches.normalise(pixels.to(device), tuple(about["mean"]), tuple(about["std"]))
+        images.append(image if segments else image[..., 0])
         if segments:
             maps.append(model(batch).softmax(1)[0].cpu().numpy())
-            shares = np.bincount(maps[-1].argmax(0).reshape(-1), minlength=len(about["classes"])) / (height * width)
+            shares = np.bincount(maps[-1].argmax(0).reshape(-1), minlength=len(about["classes"])) / about["size"]**2
             captions.append([f"{name}: {100 * share:.0f} % of pixels" for name, share in zip(about["classes"], shares)])
         else:
             layers = activation_maps(model, model.features(batch))
@@ -324,8 +318,8 @@ def draw_images(model: nn.Module, record: dict, paths: tuple[str, ...],
             likely, order = logits.softmax(1)[0].topk(3)
             maps.append(layers[0, order].cpu().numpy())
             captions.append([f"{about['classes'][c]} {100 * p:.0f} %" for c, p in zip(order.tolist(), likely.tolist())])
-        print(f"{path}: {', '.join(captions[-1])}")
-    return figures.draw_overlays(images, maps, [Path(path).name for path in paths], captions, diverging=not segments)
+        print(f"{shown(path)}: {', '.join(captions[-1])}")
+    return figures.draw_overlays(images, maps, [shown(Path(path).name) for path in paths], captions, diverging=not segments)
 
 
 def traced(model: models.HourGlass, shape: tuple[int, int, int]) -> list[dict]:

@@ -286,36 +286,6 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-def to_int8(model: nn.Module, images: Tensor, in_float: list[int]) -> nn.Module:
-    """A copy of a folded model whose convolutions, sums and poolings run in 8 bits, in oneDNN.
-
-    images float32 (N, C, H, W), normalised, set the ranges of the activations, which are unsigned and per
-    tensor; weights are signed, per channel and of 7 bits, in [-63, 63]: where a CPU lacks VNNI, two
-    products of a weight and an activation are added in 16 bits, which saturate with 8. Linear layers,
-    transposed convolutions and the convolutions whose places in the order of execution are `in_float`
-    stay in float32.
-    """
-    # imported here, as it is on its way out of torch
-    from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver, QConfig, QConfigMapping
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
-    convs = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes
-             if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.Conv2d)]
-    seven_bits = PerChannelMinMaxObserver.with_args(
-        dtype=torch.qint8, qscheme=torch.per_channel_symmetric, quant_min=-63, quant_max=63)
-    eight_bits = QConfig(MinMaxObserver.with_args(dtype=torch.quint8), seven_bits)
-    mapping = QConfigMapping().set_global(eight_bits)
-    for kind in (nn.Linear, nn.ConvTranspose2d):
-        mapping.set_object_type(kind, None)
-    for i in in_float:
-        mapping.set_module_name(convs[i], None)
-    observed = prepare_fx(copy.deepcopy(model), mapping, (images[:1],))
-    with torch.inference_mode():
-        for image in images:
-            observed(image[None])
-    return convert_fx(observed)
-
-
 class Deployed(nn.Module):
     """A trained model behind its normalisation, in evaluation mode: uint8 (N, C, H, W) -> float32 logits.
 

@@ -1,6 +1,7 @@
 """Device, precision and memory."""
 
 import ctypes
+import os
 import platform
 from pathlib import Path
 
@@ -46,7 +47,11 @@ def cpu_lines() -> list[str]:
 
 
 def instruction_sets() -> list[str]:
-    """Those of this CPU that decide which kernels run, and so which last bits come out; [] where Linux does not say."""
-    flags = next((line.split(":")[1].split() for line in cpu_lines() if line.startswith("flags")), [])
-    return [name for name in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-            if name in flags]
+    """Those that decide which kernels run here, and so which last bits come out: torch's own choice first."""
+    known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp",
+             "i8mm", "sve")
+    flags = next((line.split(":")[1].split() for line in cpu_lines()
+                  if line.startswith(("flags", "Features"))), [])
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return [torch.backends.cpu.get_cpu_capability(), *(name for name in known if name in flags),
+            *[f"ONEDNN_MAX_CPU_ISA={limit}"] * bool(limit)]

@@ -31,7 +31,7 @@ import data
 import export
 import figures
 import models
-from lab import cli, devices, engine, files
+from lab import cli, devices, engine, files, forms
 from lab.cli import flag
 from lab.files import BadInput
 
@@ -82,14 +82,14 @@ class Config:
             raise BadInput(f"--only {self.only}: must be one of {', '.join(BACKENDS)}")
 
     def file(self, form: str) -> Path:
-        return Path(self.models or Path(self.checkpoint).with_suffix(""), export.FILES[form])
+        return Path(self.models or Path(self.checkpoint).with_suffix(""), forms.FORMS[form].file)
 
 
 def open_backend(cfg: Config, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     """One row of the table as a function of uint8 images (N, C, H, W) on its device -> float32 logits."""
     how, form, precision = BACKENDS[name]
     if how == "file":
-        return export.open_form(cfg.file(form), cfg.threads)
+        return forms.open_form(cfg.file(form), cfg.threads, onnxruntime.get_available_providers())
     if how == "openvino":
         import openvino
         compiled = openvino.Core().compile_model(cfg.file(form), "CPU", {
@@ -185,7 +185,9 @@ def measure_apart(cfg: Config, name: str, batch: int) -> dict:
 
 def usable(cfg: Config, name: str, device: torch.device) -> bool:
     how, form, _ = BACKENDS[name]
-    if how == "runner" and not (engine.SOURCE / "cpp/runner").exists() or form and not cfg.file(form).exists():
+    if how == "runner" and not (engine.SOURCE / "cpp/runner").exists():
+        return False
+    if form and (form not in parity_of(cfg)["forms"] or not cfg.file(form).exists()):
         return False
     if how == "openvino" and not importlib.util.find_spec("openvino"):
         return False
@@ -208,7 +210,7 @@ def quality(cfg: Config, names: list[str], device: torch.device) -> dict[str, di
         if how in ("file", "runner"):
             found[name] = known[form]
         else:
-            logits = export.logits_of(open_backend(cfg, name, device), split.images, batch)
+            logits = forms.logits_of(open_backend(cfg, name, device), split.images, batch)
             found[name] = export.compare(logits, exact.cpu(), split.targets.cpu(), dataset.classes)
     return found
 
@@ -264,10 +266,10 @@ def draw(record: dict, path: Path) -> None:
         ax.plot(row["batch1"]["images_per_second"], 100 * row["quality"][key], marker, ms=9, color=colour, ls="",
                 mfc="none" if peer else colour, label=row["name"])
     eager = 100 * record["results"][0]["quality"][key]
-    ax.axhline(eager - 100 * export.INT8_LOSS, color="black", ls="--", lw=1)
-    ax.text(0.99, eager - 100 * export.INT8_LOSS, "the gate of int8", ha="right", va="bottom",
+    ax.axhline(eager - 100 * forms.LOSS, color="black", ls="--", lw=1)
+    ax.text(0.99, eager - 100 * forms.LOSS, "the gate of int8", ha="right", va="bottom",
             transform=ax.get_yaxis_transform())
-    ax.set(xlim=(0, None), ylim=(eager - 150 * export.INT8_LOSS, eager + 60 * export.INT8_LOSS),
+    ax.set(xlim=(0, None), ylim=(eager - 150 * forms.LOSS, eager + 60 * forms.LOSS),
            xlabel=f"images a second, batch 1, {record['size']} pixels a side, {record['threads']} threads",
            ylabel=f"test {label} (%), {record['parity']['data']}")
     ax.grid(alpha=0.3)

@@ -1,5 +1,9 @@
+import importlib
 import math
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 # the networks here are tiny: more threads would only wait for each other
@@ -40,13 +44,74 @@ def tiny_root(tmp_path) -> Path:
     return make_tiny_root(tmp_path / "root")
 
 
-def make_tiny_root(root: Path, train: int = 6, test: int = 3) -> Path:
+def make_tiny_root(root: Path, train: int = 6, test: int = 3, size: int = 32) -> Path:
     """A data root with a facade set of 6 + 3 synthetic images, 32 pixels a side."""
     for part, indexes in (("train", range(train)), ("test_dev", range(train, train + test))):
         folder = root / "mini_facade" / part
         folder.mkdir(parents=True)
         for i in indexes:
-            image, mask = data.synthetic_facade(i, 32)
+            image, mask = data.synthetic_facade(i, size)
             Image.fromarray(image).save(folder / f"eecs442_{i:04d}.jpg")
             Image.fromarray(mask).save(folder / f"eecs442_{i:04d}.png")
     return root
+
+
+# ---- trained and exported once for all tests ----
+
+def run(script: str, *argv) -> int:
+    """A script's main, in this process: its exit code."""
+    from lab import cli  # here, as most tests need none of this
+    main = importlib.import_module(script).main
+    return cli.guard(lambda: main([*map(str, argv), "--device", "cpu"]))
+
+
+def trained(script: str, folder: Path, *flags, root: Path) -> Path:
+    assert run(script, "--protocol", "smoke", "--data-root", root, "--out", folder, *flags) == 0
+    return folder
+
+
+def exported(folder: Path, *flags, root: Path) -> Path:
+    assert run("export", "--checkpoint", folder / "seed0.pt", "--data-root", root, *flags) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seg(tmp_path_factory) -> Path:
+    """A finished segmentation run, its data root, and in seed0/ its export, every form."""
+    folder = tmp_path_factory.mktemp("seg")
+    root = make_tiny_root(folder / "root")
+    trained("train_seg", folder, "--hourglasses", 1, "--epochs", 30, "--batch", 2, "--lr", 5e-3, root=root)
+    return exported(folder, root=root)  # trained for long enough to have something to lose
+
+
+@pytest.fixture(scope="session")
+def cls(tmp_path_factory) -> Path:
+    """The same for a classifier that knows a boot, without the AOTInductor package."""
+    root = real_root("FashionMNIST")
+    folder = trained("train_cls", tmp_path_factory.mktemp("cls"), "--depth", 1, "--train-images", 12000, "--epochs", 3,
+                     "--batch", 32, "--lr", 4e-3, root=root)
+    return exported(folder, "--no-aot", root=root)
+
+
+@pytest.fixture(scope="session", params=[(64, 256), (128, 1024)], ids=["64px", "128px"])
+def sized(request, tmp_path_factory) -> tuple[Path, int, int]:
+    """The float forms of a run at another size than its photos have, in seed0/; its size, and that of the photos."""
+    size, photos = request.param
+    folder = tmp_path_factory.mktemp("sized")
+    root = make_tiny_root(folder / "root", size=photos)
+    trained("train_seg", folder, "--hourglasses", 1, "--epochs", 20, "--batch", 2, "--lr", 5e-3, "--precision", "fp32",
+            "--size", size, root=root)
+    return exported(folder, "--no-aot", "--no-int8", root=root), size, photos
+
+
+@pytest.fixture(scope="session")
+def runner() -> Path:
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        pytest.skip("no C++ compiler (CXX, else g++): the C++ program cannot be built")
+    headers = "#include <cstdio>\n#include <png.h>\n#include <jpeglib.h>\n"
+    if subprocess.run([compiler, "-fsyntax-only", "-x", "c++", "-"], input=headers.encode(), stderr=subprocess.PIPE).returncode:
+        pytest.skip("no libpng-dev or libjpeg-dev: the C++ program cannot be built")
+    repo = Path(__file__).parents[1]
+    subprocess.run(["make", "cpp/runner", f"PY={sys.executable}"], cwd=repo, check=True)
+    return repo / "cpp/runner"

@@ -1,66 +1,31 @@
-"""Exported models predict what the trained one does, in Python and in C++; one that does not leaves no file."""
+"""Exported models predict what the trained one does; one that does not is named, and takes no other with it."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import bench_inference
+import conftest
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import make_tiny_root, real_root
-from PIL import Image
 
 import data
-import export
 import models
-import train_cls
-import train_seg
-from lab import cli, engine
+from lab import cli, engine, forms
+from lab.forms import FORMS
 
-REPO = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def seg(tmp_path_factory):
-    """A finished segmentation run, its data root, and the folder that it was exported into, every form."""
-    folder = tmp_path_factory.mktemp("seg")
-    root = make_tiny_root(folder / "root")
-    argv = ["--protocol", "smoke", "--hourglasses", "1", "--device", "cpu", "--data-root", str(root)]
-    argv += ["--epochs", "30", "--batch", "2", "--lr", "5e-3"]  # enough to have something to lose
-    assert cli.guard(lambda: train_seg.main([*argv, "--out", str(folder)])) == 0
-    assert run("--checkpoint", folder / "seed0.pt", "--data-root", root) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cls(tmp_path_factory):
-    """The same for a classifier, without the AOTInductor package."""
-    root, folder = real_root("FashionMNIST"), tmp_path_factory.mktemp("cls")
-    argv = ["--protocol", "smoke", "--depth", "1", "--device", "cpu", "--data-root", str(root)]
-    assert cli.guard(lambda: train_cls.main([*argv, "--out", str(folder)])) == 0
-    assert run("--checkpoint", folder / "seed0.pt", "--data-root", root, "--no-aot") == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runner():
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("no C++ compiler (CXX, else g++): the C++ program cannot be built")
-    subprocess.run(["make", "cpp/runner", f"PY={sys.executable}"], cwd=REPO, check=True)
-    return REPO / "cpp/runner"
+FILES = {name: form.file for name, form in FORMS.items()}
 
 
 def run(*flags):
-    return cli.guard(lambda: export.main([*map(str, flags), "--device", "cpu"]))
+    return conftest.run("export", *flags)
 
 
 def parity(folder):
@@ -69,30 +34,31 @@ def parity(folder):
 
 def test_every_form_is_there_and_passed(seg):
     report = parity(seg)
-    assert set(report["forms"]) == {"eager", *export.FILES}
-    assert sorted(path.name for path in (seg / "seed0").iterdir()) == sorted([*export.FILES.values(), "parity.json"])
+    assert set(report["forms"]) == {"eager", *FILES}
+    assert sorted(path.name for path in (seg / "seed0").iterdir()) == sorted([*FILES.values(), "parity.json"])
     exact = report["forms"].pop("eager")
     for name, form in report["forms"].items():
-        if "int8" in name:
+        if FORMS[name].lossy:
             assert form["map"] >= exact["map"] - 0.005 and form["max_difference"] > 1e-3
         else:
             assert form["max_difference"] <= 1e-4 and abs(form["map"] - exact["map"]) < 1e-4
-    assert report["images"] == 3 and report["size"] == 32 and report["layers_in_float"] == []
-    assert report["instructions"][0] == torch.backends.cpu.get_cpu_capability()
+    assert report["images"] == 3 and report["size"] == 32 and report["failed"] == {}
+    assert report["forms"]["ONNX int8"]["layers_in_float"] == report["forms"]["TorchScript int8"]["layers_in_float"] == []
+    assert report["environment"]["instructions"][0] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_a_classifier_too(cls):
     report = parity(cls)
-    assert set(report["forms"]) == {"eager", *export.FILES} - {"AOTInductor"}
+    assert set(report["forms"]) == {"eager", *FILES} - {"AOTInductor"}
     assert report["images"] == 10000 and report["forms"]["ONNX"]["accuracy"] == report["forms"]["eager"]["accuracy"]
 
 
-@pytest.mark.parametrize("name", [*export.FILES.values()])
+@pytest.mark.parametrize("name", [*FILES.values()])
 def test_any_batch_size_and_layout(seg, name):
     """The export saw two square images; batch 1, other sizes and channels_last must give the same as eager."""
     model, record = engine.load_trained(seg / "seed0.pt", torch.device("cpu"), models.build)
     eager = models.Deployed(model, record["about_data"]["mean"], record["about_data"]["std"])
-    form = export.open_form(seg / "seed0" / name)
+    form = forms.open_form(seg / "seed0" / name)
     with torch.inference_mode():
         drawn = torch.from_numpy(np.stack([data.synthetic_facade(i, 96)[0] for i in range(3)])).permute(0, 3, 1, 2)
         for images in (drawn[:1, :, :32, :32], drawn[:, :, :64, :48], drawn[1:2, :, 20:36]):
@@ -106,7 +72,7 @@ def test_any_batch_size_and_layout(seg, name):
 
 def test_metadata_in_every_form(seg):
     folder, record = seg / "seed0", json.loads((seg / "seed0.json").read_text())
-    expected = {"input": "images", "classes": "others,facade,pillar,window,balcony", "stride": "16",
+    expected = {"input": "images", "classes": "others,facade,pillar,window,balcony", "stride": "16", "size": "32",
                 "palette": "3c3c3c,f0e442,d55e00,56b4e9,009e73", "mean": "0.4957,0.4664,0.4245",
                 "std": "0.2221,0.2129,0.2113", "data": "mini facade", "weights_sha256": record["weights_sha256"],
                 "record_sha256": hashlib.sha256((seg / "seed0.json").read_bytes()).hexdigest()}
@@ -135,7 +101,7 @@ def test_int8_is_int8_from_end_to_end(seg):
     kinds = lambda model: {node.op_type for node in model.graph.node}
     assert "Resize" in kinds(plain) and "Resize" not in kinds(fast)
     images = torch.randint(256, (2, 3, 48, 32), dtype=torch.uint8)
-    assert torch.equal(*(export.open_form(seg / "seed0" / name)(images)
+    assert torch.equal(*(forms.open_form(seg / "seed0" / name)(images)
                          for name in ("model.int8.onnx", "model.int8-ort.onnx")))
     script = torch.jit.load(seg / "seed0/model.int8.ts.pt").inlined_graph
     assert not script.findAllNodes("aten::conv2d") and len(script.findAllNodes("quantized::add_relu")) == 10
@@ -175,7 +141,7 @@ def test_8_bits_are_the_same_without_vnni(seg, tmp_path, isa):
     torch.save(images.contiguous(), tmp_path / "images")
     subprocess.run([sys.executable, "-c", ON_ONE_ISA, seg / "seed0/model.int8.ts.pt", tmp_path / "images",
                     tmp_path / "logits"], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa})
-    exact, here = (export.open_form(seg / "seed0" / name)(images) for name in ("model.ts.pt", "model.int8.ts.pt"))
+    exact, here = (forms.open_form(seg / "seed0" / name)(images) for name in ("model.ts.pt", "model.int8.ts.pt"))
     moved, lost = (torch.load(tmp_path / "logits") - here).abs().mean(), (here - exact).abs().mean()
     assert moved < 0.25 * lost
 
@@ -187,7 +153,7 @@ def test_8_bits_are_what_the_file_says(seg, name):
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     plain = onnxruntime.InferenceSession(seg / "seed0" / name, options, providers=["CPUExecutionProvider"])
     images = torch.from_numpy(np.stack([data.synthetic_facade(i, 64)[0] for i in range(4)])).permute(0, 3, 1, 2)
-    exact, here = (export.open_form(seg / "seed0" / form)(images) for form in ("model.ts.pt", name))
+    exact, here = (forms.open_form(seg / "seed0" / form)(images) for form in ("model.ts.pt", name))
     said = torch.from_numpy(plain.run(None, {"images": images.numpy()})[0])
     assert (said - here).abs().mean() < 0.25 * (here - exact).abs().mean()
 
@@ -195,25 +161,52 @@ def test_8_bits_are_what_the_file_says(seg, name):
 # ---- the gate ----
 
 def left(folder):
-    return sorted(path.name for path in folder.rglob("*")) if folder.exists() else []
+    return {path.name: path.read_bytes() for path in folder.rglob("*")}
 
 
-def test_a_tampered_float_form_is_refused_and_leaves_nothing(seg, tmp_path, monkeypatch, capsys):
-    def tampered(program, about, path, honest=export.write_onnx):
-        honest(program, about, path)
-        model = onnx.load(path)
-        weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
-        changed = onnx.numpy_helper.to_array(weights).copy()
-        changed.flat[0] += 0.1
-        weights.CopyFrom(onnx.numpy_helper.from_array(changed, weights.name))
-        onnx.save(model, path)
+def tampered(program, about, path, honest=forms.write_onnx):
+    honest(program, about, path)
+    model = onnx.load(path)
+    weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    changed = onnx.numpy_helper.to_array(weights).copy()
+    changed.flat[0] += 0.1
+    weights.CopyFrom(onnx.numpy_helper.from_array(changed, weights.name))
+    onnx.save(model, path)
 
-    (tmp_path / "model.onnx").write_text("of an earlier export")
-    monkeypatch.setattr(export, "write_onnx", tampered)
+
+def broken(*args):
+    raise RuntimeError("an exporter's own fault\nat great length")
+
+
+def test_a_form_that_fails_takes_no_other_with_it(seg, tmp_path, monkeypatch, capsys):
+    """One predicts something else, one cannot be made: the rest is there, and the files of an earlier export stay."""
+    for name in ("model.onnx", "model.ts.pt", "model.int8.onnx"):
+        (tmp_path / name).write_text("of an earlier export")
+    monkeypatch.setattr(forms, "write_onnx", tampered)
+    monkeypatch.setattr(forms, "write_torchscript", broken)
     assert run("--checkpoint", seg / "seed0.pt", "--data-root", seg / "root", "--out", tmp_path, "--no-aot") == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"error: ONNX: logits differ by up to [\d.e-]+, allowed 0.0001; nothing was exported", said)
-    assert left(tmp_path) == []
+    said = capsys.readouterr()
+    assert re.fullmatch(r"error: TorchScript: RuntimeError: an exporter's own fault; ONNX: logits differ by up to "
+                        r"[\d.e-]+, allowed 0.0001; TorchScript int8: RuntimeError: an exporter's own fault; "
+                        r"exported: ONNX int8, ONNX int8 for ONNX Runtime", said.err.splitlines()[-1]), said.err
+    for name in ("model.onnx", "model.ts.pt"):
+        assert (tmp_path / name).read_text() == "of an earlier export"
+        assert f"{name} was left as it is, from an earlier export" in said.out
+    report = json.loads((tmp_path / "parity.json").read_text())
+    assert set(report["forms"]) == {"eager", "ONNX int8", "ONNX int8 for ONNX Runtime"}
+    assert set(report["failed"]) == {"TorchScript", "ONNX", "TorchScript int8"}
+    onnx.checker.check_model(onnx.load(tmp_path / "model.int8.onnx"))
+    assert set(left(tmp_path)) == {"model.onnx", "model.ts.pt", "model.int8.onnx", "model.int8-ort.onnx", "parity.json"}
+
+
+def test_where_nothing_passes_the_earlier_export_stays(seg, tmp_path, monkeypatch, capsys):
+    flags = ("--checkpoint", seg / "seed0.pt", "--data-root", seg / "root", "--out", tmp_path, "--no-aot", "--no-int8")
+    assert run(*flags) == 0
+    before = left(tmp_path)
+    assert set(before) == {"model.onnx", "model.ts.pt", "parity.json"}
+    monkeypatch.setattr(forms, "FLOAT_TOLERANCE", -1.0)
+    assert run(*flags) == 1 and left(tmp_path) == before
+    assert capsys.readouterr().err.endswith("allowed -1; exported: nothing\n")
 
 
 def spoil(checkpoint, target):
@@ -230,12 +223,18 @@ def test_mixed_precision_saves_what_8_bits_would_spoil(seg, tmp_path, monkeypatc
     spoil(seg / "seed0.pt", tmp_path / "seed0.pt")
     flags = ("--checkpoint", tmp_path / "seed0.pt", "--data-root", seg / "root", "--no-aot")
     assert run(*flags) == 0
-    assert "tries again with 1 of 28 layers in float" in capsys.readouterr().out
-    report = parity(tmp_path)
-    assert 1 <= len(report["layers_in_float"]) <= 14
-    monkeypatch.setattr(export, "INT8_LOSS", -1)  # no form can pass
+    said, report = capsys.readouterr().out, parity(tmp_path)["forms"]
+    for name in ("ONNX int8", "TorchScript int8"):  # each has its own way to find the layer
+        assert f"{name}: loses" in said and "tries again with 1 of 28 layers in float" in said
+        assert 1 <= len(report[name]["layers_in_float"]) <= 14
+    assert report["TorchScript int8"]["layers_in_float"][0] in ("stem.conv1.0", "stem.conv2.0")
+    monkeypatch.setattr(forms, "LOSS", -1)  # none can pass
+    monkeypatch.setattr(forms, "worst_layers", lambda *_: ["a"])
+    monkeypatch.setattr(forms, "worst_convolutions", lambda *_: ["stem.conv1.0"])
     assert run(*flags) == 1
-    assert "error: ONNX int8: loses" in capsys.readouterr().err and left(tmp_path / "seed0") == []
+    said = capsys.readouterr().err
+    assert all(f"{name}: loses" in said for name in FORMS if FORMS[name].lossy)
+    assert said.endswith("exported: TorchScript, ONNX\n")
 
 
 def test_refusals(seg, tmp_path, capsys, monkeypatch):
@@ -249,159 +248,6 @@ def test_refusals(seg, tmp_path, capsys, monkeypatch):
     assert "is no checkpoint of this project" in message("--checkpoint", seg / "seed0.json")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler" in message("--checkpoint", seg / "seed0.pt", "--data-root", seg / "root")
-
-
-# ---- predict ----
-
-BLOCKED = """import runpy, sys
-for name in ("torch", "torchvision", "onnx", "matplotlib"):
-    sys.modules[name] = None
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")"""
-
-
-def predict(*argv):
-    """As on a machine without torch: importing it fails."""
-    return subprocess.run([sys.executable, "-c", BLOCKED, "export.py", "predict", *map(str, argv)], cwd=REPO,
-                          capture_output=True, text=True)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """One image in the forms that programs write; none of a size that the network takes."""
-    image = Image.fromarray(data.synthetic_facade(3, 64)[0]).crop((0, 0, 50, 37))
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    image.save(folder / "rgb.png")
-    image.save(folder / "colour.jpg", quality=90)
-    image.save(folder / "plain.ppm")
-    image.convert("L").save(folder / "grey.png")
-    image.convert("L").save(folder / "grey-jpeg.jpg")
-    image.quantize(16).save(folder / "palette.png")
-    rgba = image.convert("RGBA")
-    rgba.putalpha(Image.linear_gradient("L").resize(image.size))
-    rgba.save(folder / "alpha.png")
-    return sorted(folder.iterdir())
-
-
-def masks(folder):
-    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.iterdir())}
-
-
-def test_predict_needs_no_torch(seg, tmp_path, pictures):
-    done = predict("--model", seg / "seed0/model.onnx", "--out", tmp_path / "out", *pictures)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert done.stdout.splitlines()[0] == f"{pictures[0]} -> {tmp_path}/out/alpha.png"
-    mask = Image.open(tmp_path / "out/rgb.png")
-    assert mask.mode == "P" and mask.size == (50, 37)
-    assert tuple(mask.getpalette()[3:6]) == data.FACADE_PALETTE[1]
-    image = np.pad(np.asarray(Image.open(pictures[-1])), ((0, 11), (0, 14), (0, 0)), mode="edge")
-    logits = export.open_form(seg / "seed0/model.ts.pt")(torch.from_numpy(image).permute(2, 0, 1)[None])
-    assert np.array_equal(np.asarray(mask), logits[0].argmax(0)[:37, :50].numpy())
-
-
-def test_predict_classes(cls, tmp_path, fashion_root):
-    dataset = data.load_fashion(fashion_root)
-    Image.fromarray(dataset.test.images[7, 0].numpy()).save(tmp_path / "seven.png")
-    done = predict("--model", cls / "seed0/model.int8.onnx", tmp_path / "seven.png")
-    assert re.fullmatch(rf"{tmp_path}/seven.png: [A-Z][\w-]+ \d+\.\d %\n", done.stdout), done.stderr
-    assert done.stdout.split()[1] in data.FASHION_CLASSES
-
-
-def test_predict_refusals(seg, tmp_path, pictures):
-    (tmp_path / "text.png").write_text("no image")
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), tmp_path / "other.onnx")
-    model = seg / "seed0/model.onnx"
-    odd = onnx.load(model)
-    next(entry for entry in odd.metadata_props if entry.key == "stride").value = "0"
-    onnx.save(odd, tmp_path / "odd.onnx")
-    for argv, message in (((), "required: --model, images"), (("--model", "nothing.onnx", "x"), "nothing.onnx is no"),
-                          (("--model", tmp_path / "other.onnx", "x"), "other.onnx is no model that export.py made"),
-                          (("--model", tmp_path / "odd.onnx", "x"), "odd.onnx is no model that export.py made"),
-                          (("--model", model, tmp_path / "text.png"), "text.png cannot be read as an image"),
-                          (("--model", model, "nothing.png"), "nothing.png cannot be read as an image"),
-                          (("--model", model, "a/x.png", "b/x.jpg"), "would both write predictions/x.png")):
-        done = predict(*argv)
-        assert done.returncode == 2 and done.stdout == ""
-        assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
-
-
-# ---- C++ ----
-
-def cpp(runner, *argv):
-    done = subprocess.run([runner, *map(str, argv)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize("name", ["model.ts.pt", "model.int8.ts.pt", "model.pt2"])
-def test_cpp_masks_are_those_of_python_byte_for_byte(seg, runner, tmp_path, name):
-    """Over the real held-out photos where the set is there, else over the tiny one's."""
-    real = Path(os.environ.get("DATA_ROOT") or "data", "mini_facade")
-    photos = sorted((real if real.is_dir() else seg / "root/mini_facade").glob("test_dev/*.jpg"))
-    cpp(runner, seg / "seed0" / name, "--out", tmp_path / "out", *photos)
-    found, form = masks(tmp_path / "out"), export.open_form(seg / "seed0" / name)
-    assert len(found) == len(photos) in (3, 114)
-    with torch.inference_mode():
-        for photo in photos:
-            image = torch.from_numpy(np.asarray(Image.open(photo).convert("RGB")).copy())
-            expected = form(image.permute(2, 0, 1)[None])[0].argmax(0).byte().numpy()
-            assert np.array_equal(found[f"{photo.stem}.png"], expected), photo.name
-
-
-def test_cpp_reads_what_pillow_reads(seg, runner, tmp_path, pictures):
-    """Every file format and colour mode, and sizes that need padding: the masks of predict, and its palette."""
-    lines = cpp(runner, seg / "seed0/model.ts.pt", "--out", tmp_path / "cpp", *pictures)
-    done = predict("--model", seg / "seed0/model.onnx", "--out", tmp_path / "python", *pictures)
-    assert [line.replace("/cpp/", "/python/") for line in lines] == done.stdout.splitlines()
-    ours, theirs = masks(tmp_path / "cpp"), masks(tmp_path / "python")
-    for name in theirs:
-        assert np.array_equal(ours[name], theirs[name]), name
-    palette = Image.open(tmp_path / "cpp/rgb.png").getpalette()
-    assert palette == Image.open(tmp_path / "python/rgb.png").getpalette()
-
-
-def test_cpp_classes(cls, runner, tmp_path, fashion_root):
-    dataset = data.load_fashion(fashion_root)
-    for i in range(20):
-        Image.fromarray(dataset.test.images[i, 0].numpy()).save(tmp_path / f"{i:02d}.png")
-    images = sorted(tmp_path.glob("*.png"))
-    lines = cpp(runner, cls / "seed0/model.ts.pt", *images)
-    probabilities = export.open_form(cls / "seed0/model.ts.pt")(dataset.test.images[:20]).softmax(1)
-    for line, path, p in zip(lines, images, probabilities):
-        assert line == f"{path}: {dataset.classes[p.argmax()]} {100 * p.max():.1f} %"
-
-
-def test_cpp_refusals(seg, runner, tmp_path, pictures):
-    (tmp_path / "text.png").write_text("no image")
-    cut = tmp_path / "cut.jpg"
-    cut.write_bytes(pictures[1].read_bytes()[:-100])
-    model = seg / "seed0/model.ts.pt"
-    odd = torch.jit.script(torch.nn.Identity())  # its two values of mean would overrun the pixels' memory
-    odd.save(tmp_path / "odd.ts.pt", _extra_files={"classes": "a,b", "palette": "", "stride": "16", "mean": "0,0"})
-    for argv, message in (((), "usage: runner MODEL"), ((model, tmp_path / "text.png"), "is no PNG, JPEG or PPM"),
-                          ((tmp_path / "odd.ts.pt", pictures[0]), "has a damaged description"),
-                          ((model, cut), "cut.jpg: Premature end of JPEG file"),
-                          ((model, "nothing.png"), "nothing.png: cannot be opened"),
-                          (("nothing.ts.pt", pictures[0]), "nothing.ts.pt"),
-                          ((model, "--bench", "1"), "--bench wants")):
-        done = subprocess.run([runner, *map(str, argv)], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("error: ")
-        assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
-
-
-def test_a_model_of_synthetic_facades_says_so_wherever_it_is_used(seg, runner, tmp_path, pictures):
-    model = onnx.load(seg / "seed0/model.onnx")
-    about = {prop.key: prop.value for prop in model.metadata_props} | {"data": "SYNTHETIC facades"}
-    onnx.helper.set_model_props(model, about)
-    onnx.save(model, tmp_path / "drawn.onnx")
-    script = torch.jit.load(seg / "seed0/model.ts.pt")
-    torch.jit.save(script, tmp_path / "drawn.ts.pt", _extra_files=about)
-    done = subprocess.run([runner, tmp_path / "drawn.ts.pt", pictures[0]], cwd=tmp_path,
-                          check=True, capture_output=True, text=True)
-    assert done.stderr == f"NOTE: {tmp_path}/drawn.ts.pt was trained on SYNTHETIC facades\n"
-    done = predict("--model", tmp_path / "drawn.onnx", "--out", tmp_path / "out", pictures[0])
-    assert done.stderr == f"NOTE: {tmp_path}/drawn.onnx was trained on SYNTHETIC facades\n"
 
 
 # ---- the benchmark ----

@@ -175,21 +175,24 @@ def picture(shape, form, top):
 
 
 EXACT = ("PNG", np.uint8, 1)
-DEEP = [("PNG", np.uint16, 1), ("TIFF", np.uint16, 1), ("TIFF", np.int32, 1), ("TIFF", np.float32, 1)]
+DEEP = [("PNG", np.uint16, 1), ("TIFF", np.uint16, 1), ("PPM", np.uint16, 1)]  # of which the highest 8 bits count
+TOO_DEEP = [("TIFF", np.int32, 1), ("TIFF", np.float32, 1)]
 FORMS = [*((kind, np.uint8, channels) for kind in ("PNG", "TIFF") for channels in (1, 2, 3, 4)),
          ("GIF", np.uint8, 1), ("PNG", bool, 1)]
 sides = st.sampled_from([(3, 4), (3, 4), (3, 4), (4, 3), (1, 1)])
 
 
 @bounded
-@given(sides, pictures(*FORMS, *DEEP), sides, pictures(*[EXACT] * 8, *FORMS, *DEEP), st.booleans())
+@given(sides, pictures(*FORMS, *DEEP, *TOO_DEEP), sides, pictures(*[EXACT] * 8, *FORMS, *DEEP, *TOO_DEEP),
+       st.booleans())
 def test_images_of_any_mode_are_read_exactly_or_refused(shape, form, mask_shape, mask_form, palette):
     image, mask = picture(shape, *form), picture(mask_shape, *mask_form)
     contents = saved(image, form[0][0]), saved(mask, mask_form[0][0], palette and mask_form[0] == EXACT)
     found = outcome("pair.", data.read_pair, Path("pair.jpg"), contents[0], Path("pair.png"), contents[1])
-    fits = form[0] not in DEEP and mask_form[0] == EXACT and mask.max() < 5 and shape == mask_shape
+    fits = form[0] not in TOO_DEEP and mask_form[0] == EXACT and mask.max() < 5 and shape == mask_shape
     assert isinstance(found, tuple) == fits, found
     if fits:
+        image = (image >> 8).astype(np.uint8) if form[0] in DEEP else image
         grey = image[..., None] * (255 if image.dtype == bool else 1)
         colours = grey if image.ndim == 2 else image[..., :1] if image.shape[2] == 2 else image[..., :3]
         assert np.array_equal(found[0], np.broadcast_to(colours, (*shape, 3))) and np.array_equal(found[1], mask)

@@ -21,7 +21,7 @@ from torch.utils import cpp_extension
 
 import export
 import models
-from lab import cli, devices, engine
+from lab import cli, devices, engine, forms
 
 GPU = torch.device("cuda")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++: install it")
@@ -62,12 +62,12 @@ def test_a_toolkit_that_lacks_a_part_is_refused_before_the_work(
 def test_a_whole_toolkit_is_enough_and_none_is_said(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", toolkit(tmp_path / "cuda", True, True))
-    export.check_compiler(GPU)
-    export.check_compiler(torch.device("cpu"))
+    forms.check_compiler(GPU)
+    forms.check_compiler(torch.device("cpu"))
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     if not Path("/usr/include/cuda.h").exists():
         with pytest.raises(export.BadInput, match="CUDA_HOME is None"):
-            export.check_compiler(GPU)
+            forms.check_compiler(GPU)
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")

@@ -8,9 +8,9 @@ import torch
 
 import data
 import export
-import models
 import figures
 import interpret
+import models
 import study
 import train_seg
 from lab import cli, engine
