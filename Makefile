@@ -138,7 +138,7 @@ fuzz: $(ENV)
 # once its seconds are over nothing runs any more; what ran goes on with the same command
 gpu: SECONDS ?= 540
 gpu: $(ENV)
-	PYTHONPATH=. $(PY) tests/gpu.py --protocol $(PROTOCOL) --seeds $(SEEDS) --seconds $(SECONDS) \
+	$(PY) tests/gpu.py --protocol $(PROTOCOL) --seeds $(SEEDS) --seconds $(SECONDS) \
 	  --device $(DEVICE:auto=cuda) --results $(RESULTS)
 
 # ---- the study ----
