@@ -116,13 +116,13 @@ data: $(ENV)
 	$(PY) data.py
 
 demo: data
-	$(PY) train_cls.py --epochs 1 --out $(DEMO)/fashion
+	$(PY) train_cls.py --train-images 20000 --epochs 1 --lr 2e-3 --warmup 0.2 --out $(DEMO)/fashion
 	$(PY) interpret.py --checkpoint $(DEMO)/fashion/seed0.pt --figure $(DEMO)/fashion.png
-	$(PY) train_seg.py --size 128 --epochs 2 --batch 8 --lr 2e-3 --warmup 0.3 --out $(DEMO)/facades
+	$(PY) train_seg.py --size 96 --width 16 --epochs 5 --batch 8 --lr 2e-3 --warmup 0.3 --out $(DEMO)/facades
 	$(PY) interpret.py --checkpoint $(DEMO)/facades/seed0.pt --figure $(DEMO)/facades.png
 
 test: $(ENV)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --maxprocesses 4 --dist loadfile")
 
 bench: $(ENV)
 	PYTHONPATH=. $(PY) tests/bench.py
