@@ -5,8 +5,9 @@
 #   make table2/no-inter-skip            one row
 #   make interpret                       attention and shift invariance: surrogates, measurements, figures
 #
-#   PROTOCOL=  report (default, for a GPU), small (two CPU cores: two rows side by side unless -j says otherwise), smoke
-#   SEEDS=     "0 1 2 3 4 5" (report), "0 1 2" (small), 0 (smoke)
+#   PROTOCOL=  report (default, for a GPU), desk (two CPU cores: two rows side by side unless -j says otherwise),
+#              small (the same, a first look), smoke (seconds)
+#   SEEDS=     "0 1 2 3 4 5" (report, desk), "0 1 2" (small), 0 (smoke)
 #   DEVICE=    auto, cpu, cuda, cuda:1
 #   RUN=       a launcher before every row's command, e.g. RUN="srun --gpus=1"
 #   PY=        an interpreter that has the packages, instead of the environment that make builds in .venv
@@ -60,12 +61,15 @@ surrogates/scratch-tie0.9 := --tie 0.9
 surrogates/scratch-tie1   := --tie 1
 
 # fewer grids in more steps where there is no GPU
+composites/desk := --train-images 20000 --batch 32
 composites/small := --train-images 8000 --batch 32 --lr 2e-3 --warmup 0.2
+measure/desk := --sweep-images 128
 measure/small := --images 2000 --sweep-images 64
 measure/smoke := --images 64 --sweep-images 2
 
 # how far features are from moving with the image is measured for these rows of Table 1
 EQUIVARIANCE := maxpool-2-32 blurpool-2-32 stride-2-32
+equivariance/desk := --sweep-images 128
 equivariance/small := --sweep-images 32
 equivariance/smoke := --sweep-images 2
 
@@ -131,13 +135,19 @@ fuzz: $(ENV)
 # ---- the study ----
 
 PROTOCOL ?= report
+PROTOCOLS := report desk small smoke
+# before anything runs: a wrong name would make an empty table
+ifneq ($(words $(PROTOCOL)) $(filter $(PROTOCOLS),$(PROTOCOL)),1 $(PROTOCOL))
+$(error PROTOCOL=$(PROTOCOL) must be one of: $(PROTOCOLS))
+endif
 SEEDS ?= $(SEEDS_$(PROTOCOL))
 SEEDS_report := 0 1 2 3 4 5
+SEEDS_desk := 0 1 2 3 4 5
 SEEDS_small := 0 1 2
 SEEDS_smoke := 0
 DEVICE ?= auto
 RUN :=
-ifeq ($(PROTOCOL),small)
+ifneq ($(filter $(PROTOCOL),desk small),)
 # where there is no GPU one row leaves cores idle: two side by side, each on half of them
 MAKEFLAGS += -j2
 RUN := env OMP_NUM_THREADS=$(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
@@ -158,8 +168,8 @@ $(RESULTS)/claims.md: $(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/atten
 
 $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
-$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: metrics.py | $(ENV)
-	$(PY) metrics.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS)) --page README.md
+$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: study.py | $(ENV)
+	$(PY) study.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS))
 
 .PHONY: $(ROWS)
 $(foreach row,$(ROWS),$(eval $(row): $(call records,$(row))))
@@ -233,7 +243,7 @@ $(TRAINED:=/parity.json): %/parity.json: %.json
 
 # asked for both, the bench waits until the machine is quiet
 bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner | $(filter export,$(MAKECMDGOALS))
-	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE) --page README.md
+	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE)
 
 # needs libpng-dev and libjpeg-dev; linked like this, torch's CUDA build needs no CUDA toolkit; RPATH, not RUNPATH, since
 # a .pt2 loads libtorch as well

@@ -18,6 +18,7 @@ import functools
 import gzip
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -90,6 +91,11 @@ class Dataset:
     train: Split
     test: Split
     held_out: str = "test"
+    palette: tuple[tuple[int, int, int], ...] | None = None  # the colour of each class in a mask
+
+    @property
+    def task(self) -> str:
+        return "classification" if self.train.targets.ndim == 1 else "segmentation"
 
     def to(self, device: torch.device) -> "Dataset":
         move = lambda tensor: tensor.to(device)
@@ -126,7 +132,7 @@ def shuffled_batches(data: Dataset, batch: int, seed: int, epoch: int, flip: boo
     epoch another set of images): every step has one shape.
     """
     split = data.train
-    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
     order = torch.randperm(len(split), generator=generator).to(split.images.device)
     mirrored = (torch.rand(len(split), generator=generator) < 0.5).to(split.images.device)
     for step in range(first, steps_per_epoch(split, batch)):
@@ -143,9 +149,12 @@ def steps_per_epoch(split: Split, batch: int) -> int:
     return max(1, len(split) // batch)
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """32 mixed bits: torch's CPU generator ignores all bits above them."""
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+def mixed_seed(*parts: int) -> int:
+    """32 mixed bits, since torch's CPU generator ignores all above them, of (seed, epoch) or (seed, epoch, step).
+
+    A trailing 0 counts for nothing, so that steps are numbered from 1.
+    """
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def find_root(flag: str | None) -> Path:
@@ -379,16 +388,50 @@ def read_folder(folder: Path) -> tuple[Tensor, Tensor, list[tuple[str, bytes]]]:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(masks)), files
 
 
+def entries(folder: Path) -> dict[str, Path]:
+    """What lies in a folder, by names in lower case; nothing where it cannot be read."""
+    try:
+        return {path.name.lower(): path for path in sorted(folder.iterdir())}
+    except OSError:  # no folder, or one of another user's
+        return {}
+
+
+def has_pairs(folder: Path) -> bool:
+    inside = entries(folder)
+    return any(name.endswith(".jpg") and f"{name[:-4]}.png" in inside for name in inside)
+
+
+def refuse_misplaced_facades(root: Path) -> None:
+    """BadInput if a root without mini_facade/ has the set in another place or form.
+
+    Synthetic facades in its stead would be a result of other data than the user's.
+    """
+    near = {name: path for name, path in entries(root).items() if not name.startswith(".")}
+    packed = (".zip", ".tar", ".gz", ".tgz", ".xz")
+    found = [path for name, path in near.items() if re.sub("[^a-z]", "", name)[:10] == "minifacade"
+             and (path.is_dir() or path.suffix in packed)]
+    found += [root] * has_pairs(root)
+    found += [folder for folder in (root, *near.values())
+              if "test_dev" in entries(folder) or has_pairs(folder / "train")]
+    found += [folder for folder in near.values() if "mini_facade" in entries(folder)]
+    if found:
+        raise BadInput(
+            f"{found[0].resolve()} looks like the facade set, but the data root {root} has no "
+            f"mini_facade folder: make it ROOT/mini_facade/{{train,test_dev}}/NAME.jpg, each with "
+            f"a NAME.png mask, and name that ROOT with --data-root")
+
+
 def load_facades(root: Path, split: str = "full", size: int = 256) -> Dataset:
     """The facade set, every pair checked, resized to size x size.
 
     "full" holds out test_dev; "dev" trains on the photos before the last 60 and holds those out as
-    "val". Where the root has no mini_facade folder, the synthetic set stands in, with a notice.
-    BadInput names the first bad file.
+    "val". Where the root has nothing like a mini_facade folder, the synthetic set stands in, with
+    a notice. BadInput names the first bad file, or the set where it lies in another place.
     """
     folder = root / "mini_facade"
-    synthetic = not folder.exists()
+    synthetic = not os.path.lexists(folder)  # a link that leads nowhere is a mistake, not a choice
     if synthetic:
+        refuse_misplaced_facades(root)
         print(f"NOTE: {folder} not found: using SYNTHETIC facades, drawn by data.py", file=sys.stderr)
         pairs = synthetic_splits()
         digest = hashlib.sha256(b"".join(t.numpy().tobytes() for pair in pairs for t in pair)).hexdigest()
@@ -405,10 +448,16 @@ def load_facades(root: Path, split: str = "full", size: int = 256) -> Dataset:
                   TF.resize(masks, [size, size], InterpolationMode.NEAREST_EXACT)) for images, masks in pairs]
     train, test = (Split(images, masks, photo) for (images, masks), photo in zip(pairs, photos))
     if split == "dev":
+        count = len(train.photos.unique())
+        if count <= FACADE_DEV_PHOTOS:
+            raise BadInput(
+                f"--split dev holds out {FACADE_DEV_PHOTOS} photos and trains on the others, but "
+                f"{folder / 'train'} has {count}: add photos, or take --split full")
         held = train.photos > train.photos.max() - FACADE_DEV_PHOTOS
         train, test = train.map(lambda t: t[~held]), train.map(lambda t: t[held])
-    return Dataset("synthetic facades" if synthetic else "mini facade", FACADE_CLASSES, (0.4957, 0.4664, 0.4245),
-                   (0.2221, 0.2129, 0.2113), digest, synthetic, train, test, "val" if split == "dev" else "test")
+    return Dataset("SYNTHETIC facades" if synthetic else "mini facade", FACADE_CLASSES,
+                   (0.4957, 0.4664, 0.4245), (0.2221, 0.2129, 0.2113), digest, synthetic, train,
+                   test, "val" if split == "dev" else "test", FACADE_PALETTE)
 
 
 def fetch_facades(root: Path, url: str, digest: str = FACADE_DIGEST) -> None:
@@ -538,7 +587,7 @@ def load_recorded(record: dict, root: Path) -> Dataset:
 
 def describe(data: Dataset) -> str:
     """What a set holds: counts, class shares and digest, one line each."""
-    kind = "SYNTHETIC, drawn by data.py" if data.synthetic else "real"
+    kind = "drawn by data.py" if data.synthetic else "real"
     lines = [f"{data.name} ({kind})", f"  sha256 {data.digest}"]
     for name, split in (("train", data.train), (data.held_out, data.test)):
         counts = split.class_counts(len(data.classes)).double()

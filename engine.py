@@ -7,8 +7,8 @@ A script declares its settings as a frozen dataclass on top of `Settings`, and t
     engine.fit(run, loss)
     run.finish(*run.evaluate(score, detail))    # writes OUT/seed<k>.json
 
-An epoch depends on nothing but the weights, the optimiser's state and (seed, epoch), so a killed run
-goes on from its last epoch and ends, on the CPU, with the same bits. One that is told to stop (Ctrl-C,
+A step depends on nothing but the weights, the optimiser's state and (seed, epoch, step), so a killed
+run goes on from its last epoch and ends, on the CPU, with the same bits. One that is told to stop (Ctrl-C,
 SIGTERM, SIGUSR1) saves the step it is at. Under torchrun, its processes share each step's batch.
 """
 
@@ -42,12 +42,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import models
 from data import Dataset, Split
 from lab.files import BadInput, write_atomic
+from lab.progress import Progress, progress
 
 SOURCE = Path(__file__).parent
 
@@ -67,10 +67,13 @@ def places(config: object) -> set[str]:
     return {setting.name for setting in dataclasses.fields(config) if setting.metadata["place"]}
 
 
+Protocol = typing.Literal["report", "desk", "small", "smoke"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every training script can be told. A script's own Config adds its model and its data."""
-    protocol: typing.Literal["report", "small", "smoke"] = flag("report", "set of defaults, see below")
+    protocol: Protocol = flag("report", "set of defaults, see below")
     split: typing.Literal["full", "dev"] = flag("full", "full: test once at the end; dev: hold out training data")
     seed: int = flag(0, "initial weights, order and augmentation")
     epochs: int = flag(1, "passes over the training split")
@@ -143,10 +146,14 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, kill, and 
 
 
 class Stopped(BaseException):
-    """A signal told the process to stop, and what was reached is saved: the conventional exit code is 128 + signal."""
+    """A signal told the process to stop: the conventional exit code is 128 + signal.
 
-    def __init__(self, number: int, where: str = "the last checkpoint"):
-        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from {where}")
+    `where` is what the same command goes on from, if what was reached is saved.
+    """
+
+    def __init__(self, number: int, where: str | None = None):
+        super().__init__(f"stopped by {signal.Signals(number).name}"
+                         + (f"; the same command goes on from {where}" if where else ""))
         self.code = 128 + number
 
 
@@ -196,7 +203,11 @@ def handling(signals: tuple[int, ...], handler: Callable[[int, object], None]) -
 # ---- device and precision ----
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where it works, else the CPU. BadInput for a device that this machine lacks."""
+    """"auto" is CUDA where it works, else the CPU. BadInput for a device that this machine lacks.
+
+    From here on float32 is float32: cuDNN's default, TF32, keeps 10 bits of 23.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device)
@@ -288,7 +299,10 @@ def share(batch: Tensor) -> Tensor:
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batch of all processes, for the CPU, where nn.SyncBatchNorm does not run."""
+    """BatchNorm over the batch of all processes.
+
+    nn.SyncBatchNorm does not run on a CPU, and on a GPU each of its layers waits for the device.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -337,13 +351,12 @@ class Replica(nn.Module):
 
     def __init__(self, model: nn.Module, step_forward: Callable):
         super().__init__()
-        on_cuda = next(model.parameters()).is_cuda
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.__class__ = SharedDropout
-            elif isinstance(module, nn.BatchNorm2d) and not on_cuda:
+            elif isinstance(module, nn.BatchNorm2d):
                 module.__class__ = SyncedBatchNorm
-        self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_cuda else model
+        self.model = model
         self.step_forward = step_forward
 
     def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -394,16 +407,30 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
     if "record" not in state:
         raise BadInput(f"{path} is of an unfinished run (epoch {state['epoch']}); run its training command again")
     try:
-        config = state["record"]["config"]
+        config, about = state["record"]["config"], state["record"]["about_data"]
         if type(config["seed"]) is not int or config["seed"] < 0:  # it becomes part of file names
             raise ValueError("seed")
         with torch.device("meta"):  # takes no memory, whatever width the file names
-            model = models.build(config)
+            model = models.build(config, len(about["mean"]), len(about["classes"]))
         model.load_state_dict(state["model"], assign=True)
+        if about.get("synthetic"):
+            print(f"NOTE: {path} was trained on {about['name']}", file=sys.stderr)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path}: its settings and its weights do not fit together ({type(error).__name__}); train the "
                        f"model again") from error
     return model.to(device, memory_format=torch.channels_last).eval(), state["record"]
+
+
+def cpu_lines() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+
+
+def instruction_sets() -> list[str]:
+    """Those of this CPU that decide which kernels run, and so which last bits come out; [] where Linux does not say."""
+    flags = next((line.split(":")[1].split() for line in cpu_lines() if line.startswith("flags")), [])
+    return [name for name in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+            if name in flags]
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict:
@@ -419,16 +446,15 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        lines = cpu_lines()
         models_named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = f"{(models_named or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
     return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes),
             "source_sha256": data.tree_digest([(path.relative_to(SOURCE).as_posix(), path.read_bytes())
-                                               for folder in (SOURCE, SOURCE / "lab") for path in folder.glob("*.py")]),
+                                               for path in (*SOURCE.glob("*.py"), *SOURCE.glob("lab/*.py"))]),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": torchvision.__version__, "platform": platform.platform(), "device": name,
-            "processes": ranks(),
+            "instructions": instruction_sets(), "processes": ranks(),
             "precision": str(dtype).removeprefix("torch.")}
 
 
@@ -466,12 +492,14 @@ class Run:
         if cfg.deterministic:  # read when cuBLAS starts; without the flag cuBLAS keeps its own workspace
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(cfg.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
         self.cfg = cfg
         self.dtype = pick_dtype(cfg.precision, self.device)
         self.environment = environment(self.device, self.dtype)  # now: the source may change while it runs
         self.data = dataset.to(self.device)
         torch.manual_seed(cfg.seed)
-        self.model = models.build(dataclasses.asdict(cfg)).to(self.device, memory_format=torch.channels_last)
+        self.model = models.build(dataclasses.asdict(cfg), len(dataset.mean), len(dataset.classes))
+        self.model.to(self.device, memory_format=torch.channels_last)
         if start is not None:
             self.model.load_state_dict(start)
         self.optimizer = torch.optim.Adam(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -576,21 +604,11 @@ class Run:
         torch.save(state, buffer)
         write_atomic(self.checkpoint, buffer.getbuffer(), self.previous)
 
-    def save_within(self, step: int, total: Tensor) -> None:
-        """Save in the middle of an epoch, after `step` of its steps: with what they have drawn and summed."""
-        self.within = {"step": step, "total": total, "drawn": torch.get_rng_state(),
-                       "drawn_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
-        self.save()
-
     def begin_epoch(self) -> tuple[int, Tensor]:
-        """Seed dropout for the epoch; the step to start at, and the sum of the losses before it."""
-        torch.manual_seed(data.epoch_seed(self.cfg.seed, self.epoch))
+        """The steps of the epoch that are done, and the sum of their losses."""
         if self.within is None:
             return 0, torch.zeros((), device=self.device)
         within, self.within = self.within, None
-        torch.set_rng_state(within["drawn"])
-        if within["drawn_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(within["drawn_cuda"], self.device)
         return within["step"], within["total"].to(self.device)
 
     def evaluate(self, score: Callable[[Tensor, Tensor, tuple], dict],
@@ -601,14 +619,21 @@ class Run:
         split), arrays per image or photo that an interval over the held-out images needs.
         """
         scores = {}
-        for name, split in (("train", self.data.train), (self.data.held_out, self.data.test)):
-            logits = predict(self.model, self.data, split, self.cfg.batch, self.dtype)
-            scores[name] = score(logits, split.targets, self.data.classes)
-        return scores, detail(logits, split)
+        with handling(STOPPING, self.stop):
+            for name, split in (("train", self.data.train), (self.data.held_out, self.data.test)):
+                logits = predict(self.model, self.data, split, self.cfg.batch, self.dtype)
+                scores[name] = score(logits, split.targets, self.data.classes)
+            return scores, detail(logits, split)
+
+    def stop(self, number: int, frame: object = None,
+             where: str = "the last checkpoint") -> typing.NoReturn:
+        """End a run that a signal told to stop; a dry run leaves nothing to go on from."""
+        raise Stopped(number, None if self.cfg.dry_run else where)
 
     def finish(self, metrics: dict[str, dict], arrays: dict, **more: typing.Any) -> None:
         """Write the trained model, the arrays and, last, the record: where it exists, all is there."""
-        described = {name: getattr(self.data, name) for name in ("name", "synthetic", "classes", "mean", "std")}
+        described = {name: getattr(self.data, name)
+                     for name in ("name", "task", "synthetic", "classes", "palette", "mean", "std")}
         images = self.data.train.images
         self.record = jsonable({
             **self.identity, "about_data": {**described, "train_images": len(images), "size": images.shape[-1]},
@@ -648,7 +673,7 @@ def fit(run: Run, loss_fn: Callable[[Tensor, Tensor], Tensor], flip: bool = Fals
     """Train the run's model to its last epoch, with a checkpoint after each.
 
     loss_fn(logits float32, targets uint8) -> scalar. The step never waits for the device: the loss
-    is read once a second for the progress bar and once an epoch for the record. FloatingPointError
+    is read once a second for whoever watches and once an epoch for the record. FloatingPointError
     if it is not finite; the last checkpoint then holds the weights of the epoch before. Of several
     processes, only the first returns.
     """
@@ -671,12 +696,13 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
     start = shown = time.perf_counter()
     run.model.train()
     first, total = run.begin_epoch()
-    bar = tqdm(total=(steps - first) * min(cfg.batch, len(run.data.train)), unit="img", leave=False,
-               disable=None if rank() == 0 else True, desc=f"epoch {epoch + 1}/{cfg.epochs}")
+    bar = Progress(f"epoch {epoch + 1}/{cfg.epochs}",
+                   (steps - first) * min(cfg.batch, len(run.data.train)), silent=rank() > 0)
     for step, (images, targets) in enumerate(
             data.shuffled_batches(run.data, cfg.batch, cfg.seed, epoch, flip, first), first + 1):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(cfg.lr, cfg.warmup, epoch * steps + step - 1, cfg.epochs * steps)
+        torch.manual_seed(data.mixed_seed(cfg.seed, epoch, step))  # for dropout
         loss = loss_fn(step_forward(run.model, images, run.dtype), targets)
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
@@ -686,12 +712,13 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
         bar.update(len(images))
         if time.perf_counter() - shown > 1:
             shown = time.perf_counter()
-            bar.set_postfix(loss=f"{checked(total / step, epoch):.4f}")
+            bar.say(f"loss {checked(total / step, epoch):.4f}")
         if step < steps and (stop := any_signal(stops)):
             checked(total, epoch)
             run.seconds += time.perf_counter() - start
-            run.save_within(step, total)
-            raise Stopped(stop, f"step {step} of {steps} of epoch {epoch + 1}")
+            run.within = {"step": step, "total": total}
+            run.save()
+            run.stop(stop, where=f"step {step} of {steps} of epoch {epoch + 1}")
     bar.close()
     run.curve.append(checked(total / steps, epoch))
     seconds = time.perf_counter() - start
@@ -700,7 +727,7 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
     run.save()
     print(f"epoch {run.epoch}/{cfg.epochs}  loss {run.curve[-1]:.4f}  {bar.total / seconds:.0f} images/s", flush=True)
     if stop := any_signal(stops):
-        raise Stopped(stop, f"the end of epoch {run.epoch}")
+        run.stop(stop, where=f"the end of epoch {run.epoch}")
 
 
 def checked(loss: Tensor, epoch: int) -> float:
@@ -715,4 +742,5 @@ def checked(loss: Tensor, epoch: int) -> float:
 def predict(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> Tensor:
     """Logits of a whole split in order, in evaluation mode: float32 (N, classes, ...) on its device."""
     model.eval()
-    return torch.cat([forward(model, images, dtype) for images, _ in data.batches(dataset, split, batch)])
+    parts = progress(data.batches(dataset, split, batch), "evaluation", -(-len(split) // batch))
+    return torch.cat([forward(model, images, dtype) for images, _ in parts])

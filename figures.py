@@ -4,46 +4,98 @@ Every function returns a matplotlib Figure, which `save` writes. Colours are Oka
 matplotlib's viridis and PuOr, which every kind of colour vision tells apart.
 """
 
+import io
+import os
+import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 import data
+import engine
 import metrics
+import study
 from data import Dataset
+from lab import records
+from lab.statistics import detectable
 
-matplotlib.use("Agg")  # draws to files, needs no screen
-import matplotlib.pyplot as plt  # noqa: E402
+# A script that a notebook starts inherits the name of the notebook's way to show pictures, and
+# matplotlib does not import where that is not installed. No pyplot: what draws to files alone
+# leaves a user's own choice alone.
+CHOSEN = os.environ.pop("MPLBACKEND", None)
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Patch, Rectangle  # noqa: E402
 
+if CHOSEN is not None:
+    os.environ["MPLBACKEND"] = CHOSEN
 PALETTE = np.array(data.FACADE_PALETTE, dtype=np.uint8)
 WRONG = np.array((204, 121, 167), dtype=np.uint8)  # the same set's purple, no class has it
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+PAGE = 10  # a user's images on one picture: about three screens high
+PANEL = 512  # pixels that an image keeps under a map: a panel is half as wide, the rest is time
+
+
+def subplots(rows: int = 1, columns: int = 1, figsize: tuple[float, float] = (6, 4),
+             **how: typing.Any) -> tuple[Figure, typing.Any]:
+    """A figure of so many inches and its axes, as pyplot's."""
+    figure = Figure(figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, **how)
+
+
+def marked(figure: Figure, made_of: Iterable[dict]) -> Figure:
+    """The figure, which says so in its title if its records or its model are of synthetic data."""
+    if note := records.caveat(made_of):
+        figure.suptitle(note)
+    return figure
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Write the figure, whole or not at all, in the format that the file's name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=path.suffix[1:])
+    engine.write_atomic(path, picture.getbuffer())
 
 
 def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    write(figure, path)
     print(f"figure {path}")
+
+
+def save_pages(draw: Callable[[tuple], Figure], items: tuple, path: Path) -> None:
+    """Write draw(items), or a page of it for every PAGE items: PATH-1, PATH-2 and so on.
+
+    They are drawn one at a time: a layout takes the longer for a panel the more it has.
+    """
+    pages = range(0, len(items), PAGE)
+    for i in pages:
+        page = path if len(pages) == 1 else path.with_stem(f"{path.stem}-{i // PAGE + 1}")
+        write(draw(items[i:i + PAGE]), page)
+    several = f"s {path.with_stem(f'{path.stem}-1')} to" if len(pages) > 1 else ""
+    print(f"figure{several} {page}")
 
 
 # ---- predictions of one run ----
 
-def draw_segmentation(dataset: Dataset, logits: Tensor, title: str) -> Figure:
+def title_of(dataset: Dataset, score: str) -> str:
+    return f"{dataset.name}, {len(dataset.test)} {dataset.held_out} images: {score}"
+
+
+def draw_segmentation(dataset: Dataset, logits: Tensor, scores: dict) -> Figure:
     """Four columns (image, truth, prediction, errors), a row for the best, the median and the two worst images."""
     names, split, prediction = dataset.classes, dataset.test, logits.argmax(1).cpu()
-    scores = []
+    each = []
     for guess, truth in zip(prediction, split.targets):
         iou = metrics.ious(metrics.confusion(guess, truth, len(names)))
-        scores.append(metrics.mean_present(iou))
-    order = np.argsort(scores)[::-1]
+        each.append(metrics.mean_present(iou))
+    order = np.argsort(each)[::-1]
     n = len(order)
     rows = {"best": 0, "median": n // 2, "next to worst": n - 2, "worst": n - 1}
-    figure, axes = plt.subplots(len(rows), 4, figsize=(8.4, 2.15 * len(rows) + 0.9), layout="constrained")
+    figure, axes = subplots(len(rows), 4, figsize=(8.4, 2.15 * len(rows) + 0.9))
     for row, (label, rank) in zip(axes, rows.items()):
         i = int(order[max(rank, 0)])
         image, truth = split.images[i].permute(1, 2, 0).numpy(), split.targets[i].numpy()
@@ -54,19 +106,20 @@ def draw_segmentation(dataset: Dataset, logits: Tensor, title: str) -> Figure:
         for ax, (name, panel) in zip(row, panels.items()):
             ax.imshow(panel, interpolation="nearest")
             ax.set(xticks=[], yticks=[], title=name if label == "best" else "")
-        row[0].set_ylabel(f"{label}: no. {i}\nmean IoU {100 * scores[i]:.0f} %")
+        row[0].set_ylabel(f"{label}: no. {i}\nmean IoU {100 * each[i]:.0f} %")
         row[3].set_xlabel(f"{100 * wrong.mean():.0f} % of pixels wrong")
     figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=name)
                            for name, colour in zip(names, PALETTE)], loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(title)
+    map_, wgap = 100 * scores["map"], 100 * scores["wgap"]
+    figure.suptitle(title_of(dataset, f"MAP {map_:.1f} %, WGAP {wgap:.1f} %"))
     return figure
 
 
-def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
+def draw_classification(dataset: Dataset, logits: Tensor, scores: dict) -> Figure:
     """Two rows, a column for each class: its first image that is predicted right, its first that is wrong."""
     probability, prediction = (t.cpu() for t in logits.softmax(1).max(1))
     right = prediction == dataset.test.targets
-    figure, axes = plt.subplots(2, len(dataset.classes), figsize=(12, 3.5), layout="constrained")
+    figure, axes = subplots(2, len(dataset.classes), figsize=(12, 3.5))
     for row, (label, hit) in zip(axes, (("right", right), ("wrong", ~right))):
         row[0].set_ylabel(label)
         for c, (ax, name) in enumerate(zip(row, dataset.classes)):
@@ -78,7 +131,7 @@ def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
                 ax.set_xlabel(f"{dataset.classes[prediction[i]]}\n{100 * probability[i]:.0f} %")
             else:
                 ax.text(0.5, 0.5, "none", ha="center", va="center", transform=ax.transAxes)
-    figure.suptitle(title)
+    figure.suptitle(title_of(dataset, f"accuracy {100 * scores['accuracy']:.2f} %"))
     return figure
 
 
@@ -86,27 +139,63 @@ def draw_classification(dataset: Dataset, logits: Tensor, title: str) -> Figure:
 
 def draw_differences(rows: dict, table: str) -> Figure:
     """A row's difference from the base in each test metric: ours with its 95 % interval, and the report's."""
-    columns = [(i, *column) for i, column in enumerate(metrics.COLUMNS[table]) if column[1] == "test"]
+    columns = {column: (name, key) for column, (name, split, key) in study.COLUMNS[table].items()
+               if split == "test"}
     base_row, *others = rows
-    figure, axes = plt.subplots(1, len(columns), sharey=True, squeeze=False, layout="constrained",
-                                figsize=(3 + 3.4 * len(columns), 1.6 + 0.27 * len(others)))
-    for ax, (i, name, split, key) in zip(axes[0], columns):
+    figure, axes = subplots(1, len(columns), sharey=True, squeeze=False,
+                            figsize=(3 + 3.4 * len(columns), 1.6 + 0.27 * len(others)))
+    for ax, (column, (name, key)) in zip(axes[0], columns.items()):
         for y, row in enumerate(others):
-            values = [100 * difference for difference in metrics.paired(rows, row, base_row, split, key)]
-            if values:
-                mean, half = metrics.interval(values)
-                ax.errorbar(mean, y + 0.12, xerr=None if np.isnan(half) else half, fmt="o", color="#0072B2", capsize=3)
-            reported = metrics.REPORT[table].get(row, [None] * 4)[i + 1]
+            ours = study.estimate(rows, row, base_row, "test", key)
+            if ours.values:
+                ax.errorbar(ours.mean, y + 0.12, xerr=None if np.isnan(ours.half) else ours.half, fmt="o",
+                            color="#0072B2", capsize=3)
+            reported = study.REPORT[table].get(row, ("", {}))[1].get(column)
             if reported is not None:
                 ax.plot(reported, y - 0.12, "D", color="#E69F00", mec="black", mew=0.6)
         ax.axvline(0, color="black", lw=0.8)
         ax.grid(axis="x", alpha=0.3)
         ax.set(xlabel=f"difference in {name} (points)", yticks=range(len(others)), yticklabels=others)
-    axes[0, 0].set_ylim(len(others) - 0.5, -0.5)
-    handles = [plt.Line2D([], [], marker="o", color="#0072B2", ls="", label=f"ours, {seeds_of(rows)}"),
-               plt.Line2D([], [], marker="D", color="#E69F00", mec="black", ls="", label="the report, one run")]
+    axes[0, 0].set_ylim(max(len(others), 1) - 0.5, -0.5)
+    handles = [Line2D([], [], marker="o", color="#0072B2", ls="", label=f"ours, {seeds_of(rows)}"),
+               Line2D([], [], marker="D", color="#E69F00", mec="black", ls="",
+                      label="the report, one run")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    return figure
+    return marked(figure, records.each_of(rows))
+
+
+def draw_power(tables: dict[str, dict], protocol: str) -> Figure:
+    """How large an effect so many seeds decide, in a row's own spread and in points of each table."""
+    seeds = np.arange(3, 11)
+    figure, (left, right) = subplots(1, 2, figsize=(9.6, 3.9))
+    claims, rows = len(study.CLAIMS), max(len(report) for report in study.REPORT.values())
+    effects = [detectable(n, rows, claims) for n in seeds]
+    left.plot(seeds, effects, "o-", color="black")
+    left.set(ylabel="effect decided (spreads of a row over seeds)", ylim=(0, 1.12 * effects[0]),
+             title="two rows alike, without a test set's error")
+    styles = zip((BLUE, ORANGE, GREEN), "osD")
+    for (name, part), (colour, marker) in zip(study.median_errors(tables).items(), styles):
+        found = [detectable(n, part["rows"], claims, part["spread"], part["test_set"], part["units"])
+                 for n in seeds]
+        right.plot(seeds, found, marker=marker, color=colour,
+                   label=f"{name}: spread {part['spread']:.2f}, test set ± {part['test_set']:.2f}")
+        for n in (3, 4, 6, 10):
+            right.annotate(f"{found[n - 3]:.1f}", (n, found[n - 3]), xytext=(0, 6), ha="center",
+                           textcoords="offset points", fontsize=8)
+    for n in (3, 4, 6, 10):
+        left.annotate(f"{effects[n - 3]:.1f}", (n, effects[n - 3]), xytext=(0, 6), ha="center",
+                      textcoords="offset points", fontsize=8)
+    right.set(ylabel="effect decided (points)", yscale="log", title=f"protocol {protocol}, median row")
+    right.margins(y=0.12)
+    right.yaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9,
+                  title="standard deviation over seeds, and standard error by the choice of test images")
+    for ax in (left, right):
+        ax.set(xlabel="seeds of each row", xticks=seeds)
+        ax.grid(alpha=0.3, which="both")
+    figure.suptitle(f"Distance from the edge of a claim's range that is decided with 80 % probability, "
+                    f"as the hardest of {claims} claims", fontsize=11)
+    return marked(figure, [record for rows in tables.values() for record in records.each_of(rows)])
 
 
 def seeds_of(rows: dict) -> str:
@@ -118,8 +207,8 @@ def draw_curves(rows: dict) -> Figure:
     """Training loss by epoch: a small panel for each row over the base row's curves in grey."""
     columns = 4
     lines = -(-len(rows) // columns)
-    figure, axes = plt.subplots(lines, columns, sharex=True, sharey=True, squeeze=False, layout="constrained",
-                                figsize=(2.4 * columns, 0.6 + 1.7 * lines))
+    figure, axes = subplots(lines, columns, sharex=True, sharey=True, squeeze=False,
+                            figsize=(2.4 * columns, 0.6 + 1.7 * lines))
     base = next(iter(rows.values()))
     for ax in axes.flat[len(rows):]:
         ax.set_visible(False)
@@ -134,13 +223,13 @@ def draw_curves(rows: dict) -> Figure:
         ax.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("epoch (grey: the base row)")
     figure.supylabel("training loss")
-    return figure
+    return marked(figure, records.each_of(rows))
 
 
 def draw_imbalance(record: dict) -> Figure:
     """The report's Figure 3: each class's share of the training pixels."""
     names, pixels = record["about_data"]["classes"], np.array(record["class_pixels"])
-    figure, ax = plt.subplots(figsize=(5, 2.4), layout="constrained")
+    figure, ax = subplots(figsize=(5, 2.4))
     bars = ax.barh(names, 100 * pixels / pixels.sum(), color=PALETTE / 255, edgecolor="black", linewidth=0.6)
     ax.bar_label(bars, fmt="%.1f %%", padding=3)
     ax.invert_yaxis()
@@ -158,7 +247,7 @@ def draw_architecture(blocks: list[dict], title: str) -> Figure:
     sizes = sorted({block["shape"][1] for block in blocks})
     top = {size: level for level, size in enumerate(sizes)}
     hue = dict(zip(dict.fromkeys(block["kind"] for block in blocks), ("0.35", BLUE, "#D55E00", GREEN, "#CC79A7")))
-    figure, ax = plt.subplots(figsize=(0.47 * len(blocks) + 1.2, 0.75 * len(sizes) + 1.6), layout="constrained")
+    figure, ax = subplots(figsize=(0.47 * len(blocks) + 1.2, 0.75 * len(sizes) + 1.6))
     for x, block in enumerate(blocks):
         channels, height, _ = block["shape"]
         y = top[height]
@@ -173,7 +262,7 @@ def draw_architecture(blocks: list[dict], title: str) -> Figure:
     ax.set(xlim=(-0.7, len(blocks) - 0.3), ylim=(-0.6, len(sizes) - 0.1), xticks=[], title=title,
            yticks=range(len(sizes)), yticklabels=[f"{size} x {size}" for size in sizes], ylabel="output (pixels)")
     handles = [Patch(facecolor=colour, edgecolor="black", label=kind) for kind, colour in hue.items()]
-    handles.append(plt.Line2D([], [], color="black", ls="--", label="inter skip: a sum"))
+    handles.append(Line2D([], [], color="black", ls="--", label="inter skip: a sum"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
@@ -188,7 +277,7 @@ def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> F
     """
     surrogates = list(samples[0]["maps"])
     rows = len(samples) * len(surrogates)
-    figure, axes = plt.subplots(rows, 1 + len(names), figsize=(13, 1.28 * rows + 0.8), layout="constrained")
+    figure, axes = subplots(rows, 1 + len(names), figsize=(13, 1.28 * rows + 0.8))
     for i, sample in enumerate(samples):
         target, (top, left) = sample["target"], divmod(sample["cell"], 2)
         for j, surrogate in enumerate(surrogates):
@@ -217,7 +306,7 @@ def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> F
 
 def across_seeds(seeds: dict[int, dict], key: str) -> tuple[float, float]:
     """Mean of a test metric over a row's records and the half width of its 95 % interval, in percent."""
-    mean, half = metrics.interval([100 * record["metrics"]["test"][key] for record in seeds.values()])
+    mean, half = records.interval([record["metrics"]["test"][key] for record in seeds.values()])
     return mean, 0.0 if np.isnan(half) else half
 
 
@@ -227,7 +316,7 @@ def draw_ties(rows: dict) -> Figure:
               "CAM mass in garment's cell (%)": ["mass"],
               "other class taken for Trouser (%)": ["trouser_with_three", "trouser_without_three"]}
     strengths = sorted({row.split("-tie")[1] for row in rows}, key=float)
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
+    figure, axes = subplots(1, 4, figsize=(12, 3.2))
     for ax, (label, keys) in zip(axes, panels.items()):
         for kind, colour, shift in (("frozen", BLUE, -0.06), ("scratch", ORANGE, 0.06)):
             for key, style, note in zip(keys, ("-o", "--s"), (", with a 3", ", without")):
@@ -250,7 +339,7 @@ def draw_shifts(name: str, seeds: dict[int, dict], sweep: dict[str, np.ndarray])
 
     sweep: `sweep_accuracy` and `sweep_consistency`, (29, 29) fractions, means over the seeds.
     """
-    figure, (places, *axes) = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    figure, (places, *axes) = subplots(1, 3, figsize=(10, 3.4))
     cells = np.array([across_seeds(seeds, f"accuracy_cell{c}") for c in range(4)])
     places.imshow(cells[:, 0].reshape(2, 2), cmap="viridis", vmin=cells[:, 0].mean() - 5, vmax=cells[:, 0].mean() + 5)
     for c, (mean, half) in enumerate(cells):
@@ -270,7 +359,7 @@ def draw_shifts(name: str, seeds: dict[int, dict], sweep: dict[str, np.ndarray])
 
 def draw_equivariance(rows: dict) -> Figure:
     """Feature equivariance error by shift: a column for each way to halve the image, a line for each padding."""
-    figure, axes = plt.subplots(2, len(rows), figsize=(3 * len(rows) + 1.2, 6), layout="constrained", squeeze=False)
+    figure, axes = subplots(2, len(rows), figsize=(3 * len(rows) + 1.2, 6), squeeze=False)
     error = {(row, padding): np.mean([record["error"][padding] for record in seeds.values()], 0)
              for row, seeds in rows.items() for padding in ("zeros", "circular")}
     top = 100 * max(map(np.max, error.values()))
@@ -290,7 +379,7 @@ def draw_equivariance(rows: dict) -> Figure:
 
 def draw_confusions(counts: dict[str, np.ndarray], names: tuple[str, ...]) -> Figure:
     """A confusion matrix (classes, classes) for each surrogate, in percent of the true class."""
-    figure, axes = plt.subplots(1, len(counts), figsize=(5.4 * len(counts), 4.9), layout="constrained", squeeze=False)
+    figure, axes = subplots(1, len(counts), figsize=(5.4 * len(counts), 4.9), squeeze=False)
     for ax, (label, matrix) in zip(axes[0], counts.items()):
         share = 100 * matrix / matrix.sum(1, keepdims=True)
         ax.imshow(share, cmap="viridis", vmin=0, vmax=100)
@@ -313,13 +402,15 @@ def draw_overlays(images: list[np.ndarray], maps: list[np.ndarray], names: list[
     maps (`diverging`, a scale for each image) or probabilities in [0, 1]; a caption for each panel.
     """
     panels = max(len(layers) for layers in maps)
-    figure, axes = plt.subplots(len(images), 1 + panels, figsize=(2.2 * (1 + panels), 2.5 * len(images)),
-                                layout="constrained", squeeze=False)
+    figure, axes = subplots(len(images), 1 + panels, squeeze=False,
+                            figsize=(2.2 * (1 + panels), 2.5 * len(images)))
     for line, image, layers, name, labels in zip(axes, images, maps, names, captions):
         extent = (0, image.shape[1], image.shape[0], 0)
         scale = np.abs(layers).max()
+        small = Image.fromarray(image).convert("RGB")
+        small.thumbnail((PANEL, PANEL))
         for ax in line:
-            ax.imshow(image if image.ndim == 3 else np.repeat(image[..., None], 3, 2), extent=extent)
+            ax.imshow(small, extent=extent)
             ax.set(xticks=[], yticks=[])
         line[0].set_title(name, fontsize=9, parse_math=False)  # a file's name is no formula
         for ax, layer, label in zip(line[1:], layers, labels):

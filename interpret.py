@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ from torch import Tensor, nn
 import data
 import engine
 import figures
-import metrics
 import models
+import study
 from data import Composites, Dataset, Split
 from engine import flag
+from lab import records
 from lab.files import BadInput, colours, read_image, shown, to_size
+from lab.progress import progress
 
 TEST_GRIDS = 1  # seed of the held-out grids, as in data.load_composites
 
@@ -48,7 +51,7 @@ class Config:
     images: int = flag(10000, "measure: held-out images")
     sweep_images: int = flag(1000, "measure: held-out images that are moved by every shift")
     out: str | None = flag(None, "measure: folder of the record")
-    study: str | None = flag(None, "protocol whose records to draw: report, small or smoke")
+    study: engine.Protocol = flag(None, "whose records to draw")
     results: str = flag("results", "study: folder of the records")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
@@ -80,7 +83,8 @@ def activation_maps(model: nn.Module, features: Tensor) -> Tensor:
 def look(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) of a split, and the class activation maps (N, classes, h, w) that they sum."""
     maps = []
-    for images, _ in data.batches(dataset, split, batch):
+    batches = data.batches(dataset, split, batch)
+    for images, _ in progress(batches, "attention", -(-len(split) // batch)):
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             features = model.features(images)
         maps.append(activation_maps(model, features))
@@ -163,8 +167,10 @@ def sweep_shifts(bench: Bench, count: int) -> dict[str, Tensor]:
     """
     start = bench.grids(count, cell=0).split
     side = start.images.shape[-1] // 2 + 1
-    predictions = torch.stack([torch.stack([bench.predict(bench.grids(count, cell=0, shift=(down, right)).split)
-                                            for right in range(side)]) for down in range(side)])
+    shifts = list(itertools.product(range(side), repeat=2))
+    predictions = torch.stack([bench.predict(bench.grids(count, cell=0, shift=shift).split)
+                               for shift in progress(shifts, "sweep", unit="shifts")])
+    predictions = predictions.view(side, side, -1)
     right = (predictions == start.targets).double()
     whole = right[::side - 1, ::side - 1]
     return {"sweep_accuracy": right.mean(2).float(),
@@ -202,7 +208,9 @@ def equivariance_error(model: nn.Module, images: Tensor, shifts: int = 8) -> lis
     norm = features.flatten(1).norm(dim=1)
     error = lambda down, right: (model.features(images.roll((down, right), (2, 3))) - fourier_shift(
         features, down / model.stride, right / model.stride)).flatten(1).norm(dim=1) / norm
-    return [[error(down, right).mean().item() for right in range(shifts)] for down in range(shifts)]
+    moves = list(itertools.product(range(shifts), repeat=2))
+    errors = [error(*move).mean() for move in progress(moves, "equivariance", unit="shifts")]
+    return torch.stack(errors).view(shifts, shifts).tolist()
 
 
 def measure(cfg: Config) -> None:
@@ -238,16 +246,13 @@ def measure(cfg: Config) -> None:
         "data": hashlib.sha256(made_of.encode()).hexdigest(), "environment": engine.environment(device, bench.dtype),
         "trained": trained, "metrics": {"test": scores}, **more})
     if arrays:
+        half = lambda array: array.float() if array.dtype == torch.float64 else array
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: shrunk(values.cpu().numpy()) for name, values in arrays.items()})
+        np.savez_compressed(buffer, **{key: half(x).cpu().numpy() for key, x in arrays.items()})
         engine.write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
     engine.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     print("  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
     print(f"record {path}")
-
-
-def shrunk(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float32) if values.dtype == np.float64 else values
 
 
 # ---- pictures ----
@@ -287,16 +292,13 @@ def draw_predictions(model: nn.Module, record: dict, root: Path, device: torch.d
     on_device = dataset.to(device)
     logits = engine.predict(model, on_device, on_device.test, record["config"]["batch"],
                             getattr(torch, record["environment"]["precision"]))
-    scores = record["metrics"][dataset.held_out]
-    kind = f"{dataset.name}, {len(dataset.test)} {dataset.held_out} images"
-    if "map" in scores:
-        title = f"{kind}: MAP {100 * scores['map']:.1f} %, WGAP {100 * scores['wgap']:.1f} %"
-        return figures.draw_segmentation(dataset, logits, title)
-    return figures.draw_classification(dataset, logits, f"{kind}: accuracy {100 * scores['accuracy']:.2f} %")
+    draw = figures.draw_segmentation if logits.ndim == 4 else figures.draw_classification
+    return draw(dataset, logits, record["metrics"][dataset.held_out])
 
 
 @torch.inference_mode()
-def draw_images(model: nn.Module, record: dict, paths: list[str], device: torch.device) -> figures.Figure:
+def draw_images(model: nn.Module, record: dict, paths: tuple[str, ...],
+                device: torch.device) -> figures.Figure:
     """A user's images, brought to the training size: the likeliest classes' attention, or all probabilities."""
     about, segments = record["about_data"], "arch" in record["config"]
     images, maps, captions = [], [], []
@@ -344,8 +346,10 @@ def draw_study(protocol: str, results: Path) -> None:
     folder = results / protocol
     pictures = {"hourglass.png": figures.draw_architecture(
         traced(models.HourGlass(2, 2), (3, 64, 64)), "HourGlass(2, 2): channels of each block")}
-    for table in metrics.REPORT:
-        rows = metrics.load_records(folder / table, protocol)
+    tables = {table: study.load_records(folder / table, protocol) for table in study.REPORT}
+    if all(len(next(iter(rows.values()), {})) > 1 for rows in tables.values()):
+        figures.save(figures.draw_power(tables, protocol), results / "power.png")
+    for table, rows in tables.items():
         if not rows:
             print(f"{folder / table} has no record yet, so no figure")
             continue
@@ -353,18 +357,18 @@ def draw_study(protocol: str, results: Path) -> None:
                      figures.draw_curves(rows)}
         if table == "table2":
             pictures["imbalance.png"] = figures.draw_imbalance(next(iter(next(iter(rows.values())).values())))
-    rows = metrics.load_records(folder / "attention", protocol)
+    rows = study.load_records(folder / "attention", protocol)
     if rows:
         pictures["ties.png"] = figures.draw_ties(rows)
         if swept := rows.get("frozen-tie0"):
-            sweep = metrics.mean_arrays(swept, ("sweep_accuracy", "sweep_consistency"))
+            sweep = records.mean_arrays(swept, ("sweep_accuracy", "sweep_consistency"))
             pictures["shifts.png"] = figures.draw_shifts("frozen", swept, sweep)
         names = next(iter(next(iter(rows.values())).values()))["trained"]["about_data"]["classes"]
-        confusions = {f"{row}, all seeds": metrics.summed_confusion(rows[row], len(names))
+        confusions = {f"{row}, all seeds": records.summed_confusion(rows[row], len(names))
                       for row in ("frozen-tie0.9", "scratch-tie0.9") if row in rows}
         if confusions:
             pictures["confusion.png"] = figures.draw_confusions(confusions, names)
-    rows = metrics.load_records(folder / "equivariance", protocol)
+    rows = study.load_records(folder / "equivariance", protocol)
     if rows:
         pictures["equivariance.png"] = figures.draw_equivariance(rows)
     for name, figure in pictures.items():
@@ -379,15 +383,14 @@ def main(argv: list[str] | None = None) -> None:
         return measure(cfg)
     device = engine.pick_device(cfg.device)
     if cfg.checkpoint is None:
-        figure, name = draw_figure1(cfg, device), "attention.png"
+        return figures.save(draw_figure1(cfg, device), Path(cfg.figure or "attention.png"))
+    path = Path(cfg.figure or "predictions.png")
+    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    if cfg.image is not None:
+        draw = lambda page: figures.marked(draw_images(model, record, page, device), [record])
+        figures.save_pages(draw, cfg.image, path)
     else:
-        model, record = engine.load_trained(Path(cfg.checkpoint), device)
-        name = "predictions.png"
-        if cfg.image is not None:
-            figure = draw_images(model, record, list(cfg.image), device)
-        else:
-            figure = draw_predictions(model, record, data.find_root(cfg.data_root), device)
-    figures.save(figure, Path(cfg.figure or name))
+        figures.save(draw_predictions(model, record, data.find_root(cfg.data_root), device), path)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ three, so class activation maps need no hooks. All forms script and export.
 
 import copy
 import hashlib
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -196,7 +197,7 @@ class Level(nn.Module):
 
 
 class HourGlass(nn.Module):
-    """HourGlass(n, width) of the report's Table 2: a stem, n hourglasses in a row, a 1x1 head.
+    """HourGlass(hourglasses, width) of the report's Table 2: a stem, so many hourglasses in a row, a 1x1 head.
 
     Each hourglass has four levels of widths b, 2b, 4b, 8b. `intra_skip` is the residual add inside
     every block, `inter_skip` the sum of an encoder level into the decoder level of its size.
@@ -206,13 +207,13 @@ class HourGlass(nn.Module):
 
     stride = 16
 
-    def __init__(self, n: int = 2, width: int = 32, intra_skip: bool = True, inter_skip: bool = True,
+    def __init__(self, hourglasses: int = 2, width: int = 32, intra_skip: bool = True, inter_skip: bool = True,
                  norm: bool = True, act: str = "relu", dropout: float = 0.2, channels: int = 3, classes: int = 5):
         super().__init__()
         widths = [width * 2**level for level in range(4)]
         self.stem = ResidualBlock(channels, width, 1, intra_skip, norm, act)
         self.hourglasses = nn.Sequential(
-            *[Level(width, widths, inter_skip, dropout, intra_skip, norm, act) for _ in range(n)])
+            *[Level(width, widths, inter_skip, dropout, intra_skip, norm, act) for _ in range(hourglasses)])
         self.head = nn.Conv2d(width, classes, 1)
 
     def features(self, x: Tensor) -> Tensor:
@@ -261,15 +262,19 @@ class UNet(nn.Module):
         return self.head(self.features(x))
 
 
-def build(settings: dict) -> nn.Module:
-    """The network that a run's settings name: the `config` of its record, or a training script's Config."""
-    s = settings
-    if s.get("arch") == "unet":
-        return UNet(s["width"])
-    if s.get("arch") == "hourglass":
-        return HourGlass(s["hourglasses"], s["width"], s["intra_skip"], s["inter_skip"], s["norm"], s["act"],
-                         s["dropout"])
-    return VGGResNet(s["depth"], s["width"], s["down"], s["skip"], s["norm"], s["act"], s["block"])
+FAMILIES = {"vgg-resnet": VGGResNet, "hourglass": HourGlass, "unet": UNet}
+
+
+def build(settings: dict, channels: int, classes: int) -> nn.Module:
+    """The network that a run's settings name, for a data set's channels and classes.
+
+    settings is the `config` of a record, or a training script's Config as a dict. It names a family
+    (`arch`; without one a VGG-ResNet) and may hold any of its constructor's parameters. One that is
+    missing takes its default, so that a run from before a setting was added can be opened.
+    """
+    family = FAMILIES[settings.get("arch", "vgg-resnet")]
+    taken = {name: settings[name] for name in inspect.signature(family).parameters if name in settings}
+    return family(**{**taken, "channels": channels, "classes": classes})
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:

@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be no UTF-8
     session, about = open_model(args.model)
+    if "SYNTHETIC" in about.get("data", ""):
+        print(f"NOTE: {args.model} was trained on {about['data']}", file=sys.stderr)
     classes, channels = about["classes"].split(","), len(about["mean"].split(","))
     palette = bytes.fromhex(about["palette"].replace(",", ""))
     targets = targets_of(args.images, args.out) if palette else [None] * len(args.images)

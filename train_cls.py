@@ -57,6 +57,7 @@ class Config(engine.Settings):
 
 PROTOCOLS = {
     "report": {},
+    "desk": {"epochs": 3, "lr": 2e-3, "warmup": 0.2},
     "small": {"epochs": 2, "train_images": 20000},
     "smoke": {"epochs": 2, "train_images": 512, "width": 8},
 }
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
             "prediction": logits.argmax(1).byte().cpu().numpy(), "target": split.targets.cpu().numpy()}),
             features_sha256=models.weights_digest(run.model.stages) if cfg.frozen else None)
     for name, scores in run.record["metrics"].items():
-        print(f"{name} accuracy {100 * scores['accuracy']:.2f}% of {scores['images']} images")
+        print(f"{name} accuracy {100 * scores['accuracy']:.2f}% of {scores['images']} images "
+              f"of {run.record['about_data']['name']}")
     print("dry run passed" if cfg.dry_run else f"record {run.record_file}")
 
 

@@ -56,6 +56,7 @@ class Config(engine.Settings):
 
 PROTOCOLS = {
     "report": {},
+    "desk": {"size": 128, "epochs": 10, "batch": 8, "lr": 2e-3, "warmup": 0.3},
     "small": {"epochs": 5, "size": 96},
     "smoke": {"epochs": 2, "size": 32, "width": 8},
 }
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
                    class_weights=weights.tolist() if cfg.loss == "wce" else None)
     for name, scores in run.record["metrics"].items():
         print(f"{name}: MAP {100 * scores['map']:.1f}  WGAP {100 * scores['wgap']:.1f}  mIoU {100 * scores['miou']:.1f}"
-              f"  pixel accuracy {100 * scores['pixel_accuracy']:.1f}  ({scores['images']} images)")
+              f"  pixel accuracy {100 * scores['pixel_accuracy']:.1f}"
+              f"  ({scores['images']} images of {run.record['about_data']['name']})")
     print(metrics.class_table({f"{split} {key.upper()}": scores[key]
                                for split, scores in run.record["metrics"].items() for key in ("ap", "iou")}))
     print("dry run passed" if cfg.dry_run else f"record {run.record_file}")

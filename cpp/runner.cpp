@@ -57,7 +57,8 @@ std::pair<std::function<Tensor(const Tensor&)>, Metadata> load(const std::string
         auto loader = std::make_shared<torch::inductor::AOTIModelPackageLoader>(path);
         return {[loader](const Tensor& images) { return loader->run({images})[0]; }, loader->get_metadata()};
     }
-    Metadata about{{"classes", ""}, {"palette", ""}, {"stride", ""}, {"size", ""}, {"mean", ""}};
+    Metadata about{{"classes", ""}, {"palette", ""}, {"stride", ""},
+                   {"size", ""}, {"mean", ""}, {"data", ""}};
     auto module = std::make_shared<torch::jit::Module>(torch::jit::load(path, torch::kCPU, about));
     return {[module](const Tensor& images) { return module->forward({images}).toTensor(); }, about};
 }
@@ -115,6 +116,8 @@ int run(int argc, char** argv) {
         return 0;
     }
     if (std::string(argv[2]) == "--out" && argc > 4) out = argv[3], first = 4;
+    if (about["data"].find("SYNTHETIC") != std::string::npos)
+        std::cerr << "NOTE: " << argv[1] << " was trained on " << about["data"] << "\n";
     std::set<fs::path> written;
     for (int i = first; i < argc; i++) {
         Tensor image;

@@ -6,7 +6,6 @@ plain text. Nothing here knows which network it is, nor what its classes are.
 
 import copy
 import logging
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from onnxruntime import quantization
 from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 from torch import Tensor, nn
+
+from lab.progress import progress
 
 INPUT = "images"
 FLOAT_TOLERANCE = 1e-4  # of logits, between float32 forms: they only sum in another order
@@ -94,10 +95,10 @@ class Calibration(quantization.CalibrationDataReader):
     """Images uint8 (N, C, H, W), one at a time."""
 
     def __init__(self, images: Tensor):
-        self.feeds = iter([{INPUT: image.numpy()[None]} for image in images])
+        self.images = iter(progress(images, "calibration", unit="images"))
 
     def get_next(self) -> dict | None:
-        return next(self.feeds, None)
+        return next(({INPUT: image.numpy()[None]} for image in self.images), None)
 
 
 def layers_of(path: Path) -> tuple[list[str], list[str]]:
@@ -161,7 +162,7 @@ def worst_layers(source: Path, images: Tensor) -> list[str]:
     moved, exact = {}, open_form(source)(images)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "one.onnx")
-        for layer in layers_of(source)[1]:
+        for layer in progress(layers_of(source)[1], "which layers 8 bits spoil", unit="layers"):
             quantise(source, target, images, {}, [], only=[layer])
             moved[layer] = (open_form(target)(images) - exact).abs().mean().item()
     return sorted(moved, key=moved.get, reverse=True)
@@ -231,7 +232,7 @@ def worst_convolutions(model: nn.Module, images: Tensor) -> list[str]:
     images as in `to_int8`. Sums and poolings have 8 bits each time, a share that all have.
     """
     names, exact, moved = convolutions(model), model(images), {}
-    for name in names:
+    for name in progress(names, "which layers 8 bits spoil", unit="layers"):
         alone = to_int8(model, images, [other for other in names if other != name])
         moved[name] = (alone(images) - exact).abs().mean().item()
     return sorted(moved, key=moved.get, reverse=True)
@@ -260,7 +261,8 @@ def open_form(path: Path, threads: int = 0, providers: tuple[str, ...] = ("CPUEx
 @torch.inference_mode()
 def logits_of(form: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tensor:
     """float32 (N, ...) on the CPU, of images uint8 (N, C, H, W) on the form's device."""
-    return torch.cat([form(part).cpu() for part in images.split(batch)])
+    parts = progress(images.split(batch), "evaluation")
+    return torch.cat([form(part).cpu() for part in parts])
 
 
 def compare(logits: Tensor, exact: Tensor, scores: dict[str, float]) -> dict:
@@ -301,15 +303,3 @@ def proven(make: Callable[[list[str]], None], judge: Callable[[], dict],
                 raise
             keep = order[:max(1, 2 * len(keep))]
             say(f"{error}; tries again with {len(keep)} of {len(order)} layers in float")
-
-
-def instructions() -> list[str]:
-    """The instruction sets here: torch's own choice, then those that 8 bits depend on."""
-    known = {"avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve"}
-    try:
-        found = known.intersection(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        found = set()
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return [torch.backends.cpu.get_cpu_capability(), *sorted(found),
-            *[f"ONEDNN_MAX_CPU_ISA={limit}"] * bool(limit)]

@@ -4,7 +4,11 @@
    the same model, optimiser and batch, but a DataLoader with workers, float32, NCHW and `.item()`
    at each step.
 2. The same step with --deterministic, against the step without.
-3. Average precision of 7.5 million pixels, against scikit-learn.
+3. On a CPU, two rows of the study side by side, each on half of the cores, against one after the other on
+   all of them: what `make table1 table2 PROTOCOL=desk` does.
+4. Average precision of 7.5 million pixels, against scikit-learn.
+5. Where a step's time goes, by operator, and the speed of its convolutions against that of a large matrix
+   product in the same precision, which is what the processor can reach.
 
 Times and ratios go to results/bench/speed.json. Rounds of the two sides alternate, so that a busy
 machine slows both; the median of the rounds' ratios counts.
@@ -12,8 +16,8 @@ machine slows both; the median of the rounds' ratios counts.
 
 import contextlib
 import dataclasses
-import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,24 +28,36 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
 import data
 import engine
 import metrics
 import models
+import train_cls
 import train_seg
+from lab.progress import progress
 
 BATCH, SIZE, STEPS, ROUNDS = 8, 256, 2, 4  # the study's size; the batch that a CPU takes
 
 
-def facades() -> data.Dataset:
+def facades(size: int) -> data.Dataset:
     """Synthetic ones, the same on every machine: what a round takes and the plain loop's workers fetch ahead."""
-    drawn = [data.synthetic_facade(i, SIZE) for i in range((STEPS + 1 + 4) * BATCH)]
+    drawn = [data.synthetic_facade(i, size) for i in range((STEPS + 1 + 4) * BATCH)]
     images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
     masks = torch.from_numpy(np.stack([mask for _, mask in drawn]))
     split = data.Split(images, masks, torch.arange(len(images)))
     return data.Dataset("synthetic facades", data.FACADE_CLASSES, (0.5,) * 3, (0.25,) * 3, "", True, split, split)
+
+
+def garments(steps: int) -> data.Dataset:
+    """Noise of Fashion-MNIST's shape: what a step takes does not depend on what the images show."""
+    generator = torch.Generator().manual_seed(0)
+    count = steps * 128
+    split = data.Split(torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator),
+                       torch.randint(0, 10, (count,), dtype=torch.uint8, generator=generator), torch.arange(count))
+    return data.Dataset("noise", data.FASHION_CLASSES, (0.5,), (0.25,), "", True, split, split)
 
 
 class Facades(Dataset):
@@ -81,24 +97,78 @@ def plain_loop(dataset: data.Dataset, device: torch.device) -> float:
     raise AssertionError("the data set is smaller than a round")
 
 
-def engine_loop(dataset: data.Dataset, device: torch.device, deterministic: bool = False) -> float:
+def engine_loop(cfg: engine.Settings, dataset: data.Dataset, steps: int = STEPS) -> float:
     """Seconds a step, after a warm-up step, by the engine's own clock."""
     seconds = []
-    for steps in (1, STEPS):
-        part = dataclasses.replace(dataset, train=dataset.train.map(lambda t: t[:steps * BATCH]))
+    for count in (1, steps):
+        part = dataclasses.replace(dataset, train=dataset.train.map(lambda t: t[:count * cfg.batch]))
         with tempfile.TemporaryDirectory() as out:
-            run = engine.Run(train_seg.Config(epochs=1, batch=BATCH, size=SIZE, device=str(device), out=out,
-                                              deterministic=deterministic), part)
+            run = engine.Run(dataclasses.replace(cfg, out=out), part)
             with contextlib.redirect_stdout(None):
-                engine.fit(run, models.cross_entropy, flip=True)
+                engine.fit(run, models.cross_entropy, flip=hasattr(cfg, "arch"))
             seconds.append(run.seconds)
-    return seconds[1] / STEPS
+    return seconds[1] / steps
 
 
-def apart(loop: str) -> float:
-    """Seconds a step of one loop in a process of its own, as it is used: neither inherits the other's allocator."""
-    done = subprocess.run([sys.executable, __file__, loop], check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout)
+def standard(size: int, **settings: object) -> train_seg.Config:
+    return train_seg.Config(epochs=1, batch=BATCH, size=size, **settings)
+
+
+LOOPS = {"engine": lambda: engine_loop(standard(SIZE), facades(SIZE)),
+         "plain": lambda: plain_loop(facades(SIZE), engine.pick_device("auto")),
+         "deterministic": lambda: engine_loop(standard(SIZE, deterministic=True), facades(SIZE)),
+         "hourglass": lambda: engine_loop(standard(128), facades(128), 3 * STEPS),
+         "vgg-resnet": lambda: engine_loop(train_cls.Config(epochs=1), garments(6 * STEPS), 6 * STEPS)}
+
+
+def apart(loop: str, beside: int = 1) -> float:
+    """Seconds a step of one loop in a process of its own, as it is used: neither inherits the other's allocator.
+
+    With `beside` processes at a time, each on its share of the cores: seconds until each has done a step,
+    divided by their number.
+    """
+    threads = str(max(1, torch.get_num_threads() // beside))
+    running = [subprocess.Popen([sys.executable, __file__, loop], stdout=subprocess.PIPE, text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": threads}) for _ in range(beside)]
+    seconds = [float(process.communicate()[0]) for process in running]
+    return statistics.mean(seconds) / beside
+
+
+def profiled(name: str, cfg: engine.Settings, dataset: data.Dataset) -> dict:
+    """Shares of a step's time by operator, and the rate of its convolutions against a matrix product's."""
+    dataset = dataclasses.replace(dataset, train=dataset.train.map(lambda t: t[:cfg.batch]))
+    with tempfile.TemporaryDirectory() as out:
+        run = engine.Run(dataclasses.replace(cfg, epochs=3, out=out), dataset)
+    images, targets = next(data.batches(dataset, dataset.train, cfg.batch))
+    run.model.train()
+
+    def step() -> None:
+        models.cross_entropy(engine.forward(run.model, images, run.dtype), targets).backward()
+        run.optimizer.step()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step()
+    milliseconds = {event.key.removeprefix("aten::"): event.self_cpu_time_total / 3000
+                    for event in profiler.key_averages()}
+    total = sum(milliseconds.values())
+    groups = {"convolution forward": ("mkldnn_convolution",), "convolution backward": ("convolution_backward",),
+              "norm": ("native_batch_norm", "native_batch_norm_backward")}
+    shares = {group: sum(milliseconds.get(key, 0) for key in keys) / total for group, keys in groups.items()}
+    # forward, and the gradients of data and of weights: three times the multiply-adds, two operations each
+    convolutions = 6 * cfg.batch * models.multiply_adds(run.model, images.shape[1:])
+    rate = convolutions / 1e6 / total / (shares["convolution forward"] + shares["convolution backward"])
+    a = torch.randn(2048, 2048).to(run.dtype)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    peak = 2 * 2048**3 / 1e9 / statistics.median(seconds)
+    print(f"{name}: {total:.0f} ms a step, " + ", ".join(f"{group} {100 * share:.0f} %" for group, share in shares.items())
+          + f"; convolutions at {rate:.0f} GFLOP/s, a matrix product at {peak:.0f}")
+    return {"name": name, "milliseconds": total, "shares": shares, "convolutions_gflops": rate, "matmul_gflops": peak}
 
 
 def compare(name: str, other: str, pairs: list[tuple[float, float]]) -> dict:
@@ -111,25 +181,31 @@ def compare(name: str, other: str, pairs: list[tuple[float, float]]) -> dict:
 
 
 def main() -> None:
-    device = engine.pick_device("auto")
     if len(sys.argv) > 1:
-        loops = {"engine": engine_loop, "plain": plain_loop,
-                 "deterministic": functools.partial(engine_loop, deterministic=True)}
-        print(loops[sys.argv[1]](facades(), device))
+        print(LOOPS[sys.argv[1]]())
         return
+    device = engine.pick_device("auto")
     environment = engine.environment(device, engine.pick_dtype("auto", device))
     print(f"{environment['device']}, torch {environment['torch']}")
+    rounds = progress(range(ROUNDS), "training steps", unit="rounds")
     engines, plains, fixed = zip(*[[apart(loop) for loop in ("engine", "plain", "deterministic")]
-                                   for _ in range(ROUNDS)])
+                                   for _ in rounds])
     results = [compare(f"training step, HourGlass(2*32), batch {BATCH}, {SIZE} pixels", "plain loop",
                        list(zip(engines, plains))),
                compare("the same step with --deterministic", "without", list(zip(fixed, engines)))]
+    if device.type == "cpu" and torch.get_num_threads() > 1:
+        for loop, name in (("hourglass", "HourGlass(2*32), batch 8, 128 pixels"),
+                           ("vgg-resnet", "VGG-ResNet(2,32,maxpool), batch 128, 28 pixels")):
+            pairs = [(apart(loop, 2), apart(loop))
+                     for _ in progress(range(ROUNDS), "rows side by side", unit="rounds")]
+            results.append(compare(f"training step, {name}, two side by side, a row's share",
+                                   "one after the other", pairs))
     torch.manual_seed(0)
     scores = torch.rand(7_500_000)
     for share in (0.024, 0.4):  # a rare class and a frequent one
         positive = torch.rand(len(scores)) < 2 * share * scores
         pairs = []
-        for _ in range(3):
+        for _ in progress(range(3), "average precision", unit="rounds"):
             start = time.perf_counter()
             ours = metrics.average_precision(scores, positive)
             middle = time.perf_counter()
@@ -137,9 +213,15 @@ def main() -> None:
             pairs.append((middle - start, time.perf_counter() - middle))
             assert np.isclose(ours, theirs, rtol=0, atol=1e-12)
         results.append(compare(f"average precision, 7.5M pixels, {100 * share:.0f} % positive", "scikit-learn", pairs))
+    profiles = []
+    if device.type == "cpu":
+        engine.keep_freed_memory()
+        profiles = [profiled("HourGlass(2*32), batch 8, 128 pixels", standard(128), facades(128)),
+                    profiled("VGG-ResNet(2,32,maxpool), batch 128, 28 pixels", train_cls.Config(epochs=1), garments(1))]
     record = Path("results/bench/speed.json")
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+    engine.write_atomic(record, (json.dumps({"environment": environment, "results": results, "profiles": profiles},
+                                            indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

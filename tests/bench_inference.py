@@ -15,12 +15,13 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import onnxruntime
 import torch
@@ -29,14 +30,11 @@ from torch import Tensor
 import data
 import engine
 import export
-import metrics
+import figures
 import models
 from engine import flag
 from lab import forms
 from lab.files import BadInput
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 BASE = "eager"
 BACKENDS = {  # name: how it runs, the exported form that it reads, the type that it computes in
@@ -72,7 +70,6 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, ...")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
     record: str = flag("results/bench/inference.json", "file of the results; a .png of the same name beside it")
-    page: str | None = flag(None, "file to put the table into, between <!-- inference --> markers")
     only: str | None = flag(None, "time this form alone, in this process, and print the times as JSON")
     batch: int = flag(1, "images a pass, with --only")
 
@@ -139,7 +136,28 @@ def measure(cfg: Config) -> dict:
         wait()
         seconds.append(time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else memory_mb("VmHWM") - before
-    return {"peak_mb": memory, "seconds": seconds}
+    how, form, _ = BACKENDS[cfg.only]
+    onnx = how == "file" and cfg.file(form).suffix == ".onnx"
+    more = {"provider": providers_of(cfg.file(form), images)} if onnx else {}
+    return {"peak_mb": memory, "seconds": seconds, **more}
+
+
+def providers_of(path: Path, images: Tensor) -> str:
+    """What ONNX Runtime runs a file's nodes on, most nodes first, such as "CUDA, CPU".
+
+    Read from a profile: where a provider does not start, or has no kernel for a node, the next one
+    takes it without an error, and a session lists what it was given rather than what it uses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
+        session = onnxruntime.InferenceSession(
+            path, options, providers=onnxruntime.get_available_providers())
+        session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    used = Counter(event["args"]["provider"] for event in events
+                   if event.get("args", {}).get("provider"))
+    return ", ".join(name.removesuffix("ExecutionProvider") for name, _ in used.most_common())
 
 
 def parity_of(cfg: Config) -> dict:
@@ -203,6 +221,7 @@ def summarise(rounds: list[dict], names: list[str], found: dict[str, dict]) -> l
     rows = []
     for name in names:
         row = {"name": name, "quality": found[name]}
+        row |= {key: value for key, value in rounds[0][name][1].items() if key == "provider"}
         for batch in BATCHES:
             seconds = np.concatenate([one[name][batch]["seconds"] for one in rounds])
             ratios = [statistics.median(one[BASE][batch]["seconds"]) / statistics.median(one[name][batch]["seconds"])
@@ -223,14 +242,16 @@ def render(record: dict) -> str:
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
     for row in record["results"]:
         one, many = row["batch1"], row["batch8"]
-        lines.append(f"| {row['name']} | {one['median_ms']:.1f} | {one['p95_ms']:.1f} | {one['ratio']:.2f} "
-                     f"({one['ratio_low']:.2f} to {one['ratio_high']:.2f}) | {one['images_per_second']:.1f} | "
+        name = f"{row['name']} ({row['provider']})" if "provider" in row else row["name"]
+        lines.append(f"| {name} | {one['median_ms']:.1f} | {one['p95_ms']:.1f} "
+                     f"| {one['ratio']:.2f} ({one['ratio_low']:.2f} to {one['ratio_high']:.2f}) | {one['images_per_second']:.1f} | "
                      f"{many['images_per_second']:.1f} | {one['peak_mb']} | {100 * row['quality'][key]:.2f} |")
     environment = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines.append(f"\n{record['model']}, {record['size']} pixels a side, batch 1 unless said; {environment['device']}; "
-                 f"{versions}. Median and range of {record['rounds']} rounds, each form in a process of its own; peak "
-                 f"memory without the libraries themselves. "
+    lines.append(f"\n{record['model']}, trained on {record['parity']['data']}, {record['size']} "
+                 f"pixels a side, batch 1 unless said; {environment['device']}; {versions}. "
+                 f"Median and range of {record['rounds']} rounds, each form in a process of its "
+                 f"own; peak memory without the libraries themselves. "
                  f"{label} is that of the split at {record['parity']['size']} pixels, the run's own size.")
     return "\n".join(lines) + "\n"
 
@@ -238,7 +259,7 @@ def render(record: dict) -> str:
 def draw(record: dict, path: Path) -> None:
     """Speed against the metric: a marker a form, and the line that an 8-bit form may not fall below."""
     key, label = ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
-    figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    figure, ax = figures.subplots(figsize=(9, 4.2))
     colours = {"float32": "#0072B2", "f32": "#0072B2", "bfloat16": "#009E73", "bf16": "#009E73", "int8": "#D55E00"}
     for row, marker in zip(record["results"], "o^sDvPX*hpd<>xHs^"):
         colour = colours["int8" if "int8" in row["name"] else BACKENDS[row["name"]][2]]
@@ -251,11 +272,10 @@ def draw(record: dict, path: Path) -> None:
             transform=ax.get_yaxis_transform())
     ax.set(xlim=(0, None), ylim=(eager - 150 * forms.LOSS, eager + 60 * forms.LOSS),
            xlabel=f"images a second, batch 1, {record['size']} pixels a side, {record['threads']} threads",
-           ylabel=f"test {label} (%)")
+           ylabel=f"test {label} (%), {record['parity']['data']}")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -291,9 +311,8 @@ def main(argv: list[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     engine.write_atomic(path, (json.dumps(engine.jsonable(record), indent=1) + "\n").encode())
     draw(record, path.with_suffix(".png"))
+    engine.write_atomic(path.with_suffix(".md"), render(record).encode())
     print(render(record))
-    if cfg.page:
-        metrics.put_between_markers(Path(cfg.page), "inference", render(record))
 
 
 if __name__ == "__main__":

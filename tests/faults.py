@@ -25,12 +25,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a forked child must not wait for its pare
 import numpy as np
 import torch
 from conftest import make_tiny_root
-from tqdm import tqdm
 
 import data
 import engine
 import train_cls
 import train_seg
+from lab.progress import progress
 
 SCRIPTS = {"train_cls": train_cls, "train_seg": train_seg}
 FLAGS = {"train_cls": ["--train-images", "512", "--width", "4", "--epochs", "4"],
@@ -77,7 +77,7 @@ def campaign(rounds: int, seed: int, root: Path, scratch: Path) -> dict:
     """{"rounds": [...], "kills": {what it hit: how often}, "mismatches": n}: see the module's docstring."""
     random, whole, told = np.random.default_rng(seed), {}, []
     root = str(small_root(root, scratch))
-    for i in tqdm(range(rounds), desc="rounds"):
+    for i in progress(range(rounds), "faults", unit="rounds"):
         script, precision = list(FLAGS)[i % 2], ("fp32", "bf16", "fp16")[i // 2 % 3]
         flags = ["--protocol", "smoke", "--device", "cpu", "--precision", precision, "--data-root", root,
                  *FLAGS[script]]

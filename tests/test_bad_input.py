@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import struct
 import zipfile
 import zlib
@@ -144,6 +145,66 @@ def test_folders(tiny_root, tmp_path, capsys, case):
     assert message in said and "must hold NAME.jpg photos, each with a NAME.png mask" in said
 
 
+def renamed(*names):
+    """Moves root/mini_facade to another place, of which `names` are the steps."""
+    def damage(root):
+        (root / "x").mkdir()
+        (root / "mini_facade").rename(root / "x/set")
+        root.joinpath(*names).parent.mkdir(parents=True, exist_ok=True)
+        (root / "x/set").rename(root.joinpath(*names))
+        (root / "x").rmdir()
+    return damage
+
+
+def unpacked_into_the_root(root):
+    for part in ("train", "test_dev"):
+        (root / "mini_facade" / part).rename(root / part)
+    (root / "mini_facade").rmdir()
+
+
+MISPLACED = {  # what is done to a root with the facades; the data root from there; what is named
+    "the set's own folder as the root": (lambda root: None, "mini_facade", "/root/mini_facade"),
+    "one of its two folders as the root": (lambda root: None, "mini_facade/train", "/train"),
+    "the folder above the root": (lambda root: None, "..", "/root"),
+    "both folders in the root": (unpacked_into_the_root, "", "/root"),
+    "another case": (renamed("Mini_Facade"), "", "/root/Mini_Facade"),
+    "another spelling": (renamed("mini-facade (1)"), "", "/root/mini-facade (1)"),
+    "another name": (renamed("facades"), "", "/root/facades"),
+    "a folder too deep": (renamed("course", "mini_facade"), "", "/root/course"),
+    "still packed": (lambda root: (shutil.rmtree(root / "mini_facade"),
+                                   (root / "mini_facade.zip").touch()), "", "/mini_facade.zip"),
+}
+
+
+@pytest.mark.parametrize("case", MISPLACED)
+def test_misplaced_facades_are_not_replaced_by_synthetic_ones(tiny_root, tmp_path, capsys, case):
+    damage, root, named = MISPLACED[case]
+    damage(tiny_root)
+    said = refused(capsys, "train_seg", "--protocol", "smoke", "--data-root", tiny_root / root,
+                   "--out", tmp_path / "out")
+    assert f"{named} looks like the facade set" in said
+    assert "mini_facade/{train,test_dev}/NAME.jpg, each with a NAME.png mask" in said
+
+
+def test_a_dangling_link_is_no_missing_set(tiny_root, tmp_path, capsys):
+    shutil.rmtree(tiny_root / "mini_facade")
+    (tiny_root / "mini_facade").symlink_to("nowhere")
+    said = refused(capsys, "train_seg", "--protocol", "smoke", "--data-root", tiny_root,
+                   "--out", tmp_path / "out")
+    assert "mini_facade/train has no .jpg image" in said
+
+
+def test_the_dev_split_of_a_few_photos_is_refused(tmp_path, capsys):
+    root = make_tiny_root(tmp_path / "root", train=60)
+    said = refused(capsys, "train_seg", "--split", "dev", "--data-root", root, "--out", tmp_path)
+    assert "--split dev holds out 60 photos and trains on the others, but" in said
+    assert "mini_facade/train has 60: add photos" in said
+    for suffix in (".jpg", ".png"):  # one more is enough, if for nothing good
+        folder = root / "mini_facade/train"
+        shutil.copy(folder / f"eecs442_0000{suffix}", folder / f"eecs442_9999{suffix}")
+    assert len(data.load_facades(root, "dev", 32).train) == 1
+
+
 # ---- IDX files ----
 
 def idx(magic, *shape, values=b""):
@@ -224,6 +285,7 @@ FLAGS = {
     "interpret --images 0": "--images and --sweep-images must be at least 1",
     "interpret --measure x.pt": "--measure needs --out",
     "interpret --image x.png": "--image needs --checkpoint",
+    "interpret --study typo": "argument --study: invalid choice: 'typo'",
     "interpret --checkpoint no.pt": "no.pt: No such file or directory",
     "export": "--checkpoint is missing",
     "export --checkpoint no.pt": "no.pt: No such file or directory",

@@ -74,6 +74,19 @@ def test_a_stopped_run_saves_its_step_and_ends_with_the_same_bits(tiny_root, tmp
     assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["seed0.json", "seed0.npz", "seed0.pt"]
 
 
+def test_dropout_depends_on_seed_epoch_and_step_alone(tiny_root, tmp_path, monkeypatch):
+    assert run_seg(tiny_root, tmp_path / "whole") == 0
+    real = models.cross_entropy
+    monkeypatch.setattr(models, "cross_entropy", lambda *args, **more: (torch.rand(3), real(*args, **more))[1])
+    assert run_seg(tiny_root, tmp_path / "others-draw-too") == 0
+    assert result(tmp_path / "others-draw-too") == result(tmp_path / "whole")
+    masks = []
+    monkeypatch.setattr(models, "cross_entropy", lambda logits, *args, **more: (
+        masks.append(torch.nn.functional.dropout(torch.ones(64))), real(logits, *args, **more))[1])
+    assert run_seg(tiny_root, tmp_path / "masks") == 0
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks) == 6  # 2 epochs of 3 steps
+
+
 def damage(path, how):
     content = bytearray(path.read_bytes())
     if how == "truncated":
@@ -326,14 +339,6 @@ def test_out_of_memory_names_the_flags_to_lower(capsys):
     assert engine.guard(lambda: torch.empty(2**60)) == 2
     with pytest.raises(RuntimeError, match="a bug"):  # what is not the user's to mend keeps its traceback
         engine.guard(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
-
-
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
-def test_a_signal_outside_training_says_how_to_go_on(capsys, name, code):
-    before = signal.getsignal(signal.SIGTERM)
-    assert engine.guard(lambda: os.kill(os.getpid(), getattr(signal, name))) == code
-    assert f"stopped by {name}; the same command goes on from the last checkpoint" in one_error(capsys)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_learning_rate():

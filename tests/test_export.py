@@ -254,7 +254,7 @@ def test_refusals(seg, tmp_path, capsys, monkeypatch):
 # ---- the benchmark ----
 
 def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
-    """One short round: a record that holds what the table shows, the table in the page, the plot."""
+    """One short round: a record that holds what the table shows, the table, the plot."""
     rows = ("eager", "eager bfloat16", "TorchScript", "AOTInductor", "ONNX Runtime int8", "C++ TorchScript",
             "C++ AOTInductor")
     monkeypatch.setattr(bench_inference, "BACKENDS", {name: bench_inference.BACKENDS[name] for name in rows})
@@ -265,10 +265,8 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
         return bench_inference.measure(dataclasses.replace(cfg, only=name, batch=batch))
 
     monkeypatch.setattr(bench_inference, "measure_apart", measure)
-    (tmp_path / "page.md").write_text("before\n<!-- inference -->\n<!-- /inference -->\nafter\n")
     argv = ["--checkpoint", seg / "seed0.pt", "--data-root", seg / "root", "--size", "32", "--rounds", "1", "--seconds",
-            "0.01", "--threads", "1", "--device", "cpu", "--record", tmp_path / "bench/inference.json", "--page",
-            tmp_path / "page.md"]
+            "0.01", "--threads", "1", "--device", "cpu", "--record", tmp_path / "bench/inference.json"]
     assert engine.guard(lambda: bench_inference.main([*map(str, argv)])) == 0
     record = json.loads((tmp_path / "bench/inference.json").read_text())
     assert [row["name"] for row in record["results"]] == [*rows]
@@ -276,9 +274,11 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
         assert row["batch1"]["median_ms"] <= row["batch1"]["p95_ms"] and row["batch8"]["passes"] >= 5
         assert row["quality"]["map"] == pytest.approx(record["parity"]["forms"]["eager"]["map"], abs=0.05)
     assert record["results"][0]["batch1"]["ratio"] == 1 and record["model"] == "HourGlass(1,8)"
-    page = (tmp_path / "page.md").read_text()
-    assert page.startswith("before\n<!-- inference -->\n| form |") and page.endswith("<!-- /inference -->\nafter\n")
-    assert f"| AOTInductor | {record['results'][3]['batch1']['median_ms']:.1f} |" in page
+    table = (tmp_path / "bench/inference.md").read_text()
+    assert table.startswith("| form |")
+    assert f"| AOTInductor | {record['results'][3]['batch1']['median_ms']:.1f} |" in table
+    assert "\nHourGlass(1,8), trained on mini facade, 32 pixels a side" in table
+    assert "| ONNX Runtime int8 (CPU) |" in table and record["results"][4]["provider"] == "CPU"
     assert (tmp_path / "bench/inference.png").stat().st_size > 10_000
 
 

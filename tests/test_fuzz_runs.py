@@ -18,9 +18,11 @@ from test_fuzz import bounded, changed, mutated, outcome, scratch
 
 import engine
 import metrics
+import study
 import train_cls
 import train_seg
 from data import BadInput
+from lab.records import load_arrays
 
 # ---- checkpoints and records ----
 
@@ -79,7 +81,7 @@ def test_a_record_is_read_exactly_or_refused(content):
             assert isinstance(found["config"], dict) and isinstance(found["metrics"], dict)
         assert isinstance(found, dict) or content != json.dumps(RECORD).encode()
         try:
-            (row,) = metrics.load_records(path.parents[1], "smoke").values()
+            (row,) = study.load_records(path.parents[1], "smoke").values()
             assert [one["config"]["protocol"] for one in row.values()] == ["smoke"]
         except ValueError as error:  # of which BadInput is one
             assert str(path) in str(error) and content != json.dumps(RECORD).encode()
@@ -102,7 +104,7 @@ def test_damaged_arrays_are_read_exactly_or_refused(content):
         path = Path(folder, "seed0.npz")
         path.write_bytes(content)
         try:
-            found = metrics.load_arrays(path)
+            found = load_arrays(path)
         except ValueError as error:
             assert str(path) in str(error) and content != saved_arrays()
         else:

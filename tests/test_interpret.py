@@ -1,8 +1,11 @@
 """The pictures of a trained model: made from a finished run's checkpoint, of its own data alone."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -12,10 +15,11 @@ import data
 import engine
 import figures
 import interpret
-import metrics
+import study
 import models
 import train_cls
 import train_seg
+from lab import progress
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def draw(*flags):
 
 def test_segmentation_figure(trained, tiny_root, tmp_path):
     assert draw("--checkpoint", trained, "--data-root", tiny_root, "--figure", tmp_path / "new/figure.png") == 0
-    picture = matplotlib.image.imread(tmp_path / "new/figure.png")
+    picture = np.asarray(Image.open(tmp_path / "new/figure.png"))
     assert picture.shape[0] > 800 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 500
 
 
@@ -53,15 +57,28 @@ def test_classification_figure(fashion_root, tmp_path):
     assert (tmp_path / "f.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("name", ["module://matplotlib_inline.backend_inline", "typo"])
+def test_the_way_that_a_notebook_shows_pictures_is_left_alone(tmp_path, name):
+    code = ("import bench_inference, figures, os, sys; "
+            "figures.save(figures.subplots()[0], figures.Path(sys.argv[1], 'figure.png')); "
+            "assert 'matplotlib.pyplot' not in sys.modules; "
+            f"assert os.environ['MPLBACKEND'] == {name!r}")
+    path = os.pathsep.join([str(engine.SOURCE), str(engine.SOURCE / "tests")])
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True,
+                   env={**os.environ, "MPLBACKEND": name, "PYTHONPATH": path})
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
 def test_rows_are_the_best_the_median_and_the_worst(tiny_root):
     dataset = data.load_facades(tiny_root, size=32)
     logits = 9.0 * torch.nn.functional.one_hot(dataset.test.targets.long(), 5).movedim(-1, 1)  # all right
     logits[1] = logits[1].flip(0)  # but for one image
-    figure = figures.draw_segmentation(dataset, logits, "title")
+    figure = figures.draw_segmentation(dataset, logits, {"map": 0.5, "wgap": 0.25})
     labels = [ax.get_ylabel().split("\n") for ax in figure.axes[::4]]
     assert [label[0].split(":")[0] for label in labels] == ["best", "median", "next to worst", "worst"]
     assert labels[0][1] == "mean IoU 100 %" and labels[-1][0] == "worst: no. 1"
     assert [ax.get_title() for ax in figure.axes[:4]] == ["image", "truth", "prediction", "errors"]
+    assert figure.get_suptitle() == "mini facade, 3 test images: MAP 50.0 %, WGAP 25.0 %"
 
 
 def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, capsys):
@@ -73,6 +90,7 @@ def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, caps
             path = tmp_path / f"results/smoke/table2/{row}/seed{seed}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record))
+            shutil.copy(trained.with_suffix(".npz"), path.with_suffix(".npz"))
     assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
     assert {path.name for path in (tmp_path / "results/smoke").glob("*.png")} == {"table2.png", "table2-curves.png",
                                                                                  "imbalance.png", "hourglass.png"}
@@ -117,13 +135,17 @@ def test_features_move_exactly_by_whole_strides_once_there_is_no_border(down):
     assert max(circular[0][0], circular[0][4], circular[4][4]) < 1e-5 and circular[1][0] > 1e-2
 
 
-def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path):
+def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0)  # what takes long says how far it is, at every step
+
     def measure(name, seed_folder):
         flags = ("--measure", surrogates[name], "--out", seed_folder, "--images", 40, "--sweep-images", 2)
         assert draw(*flags, "--data-root", fashion_root) == 0
 
     folder = tmp_path / "results/smoke/attention"
     measure("frozen", folder / "frozen-tie0")
+    told = capsys.readouterr().err
+    assert "attention: 100 % of 1 batches" in told and "sweep: 50 % of 841 shifts" in told
     measure("scratch", folder / "scratch-tie0.9")
     record = json.loads((folder / "frozen-tie0/seed0.json").read_text())
     scores, arrays = record["metrics"]["test"], np.load(folder / "frozen-tie0/seed0.npz")
@@ -142,10 +164,11 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path):
     assert (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns == before  # made once
     for row in ("base", "stride"):
         measure(row, folder.parent / "equivariance" / row)
+        assert "equivariance: 50 % of 64 shifts" in capsys.readouterr().err
     assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
     assert {path.name for path in folder.parent.glob("*.png")} == {"hourglass.png", "ties.png", "shifts.png",
                                                                   "confusion.png", "equivariance.png"}
-    metrics.main(["attention", "--protocol", "smoke", "--results", str(tmp_path / "results")])
+    study.main(["attention", "--protocol", "smoke", "--results", str(tmp_path / "results")])
     text = (folder.parent / "attention.md").read_text()
     assert "`frozen-tie0`" in text and "over all 841 shifts" in text and "| `stride` |" in text
 
@@ -165,6 +188,13 @@ def test_ones_own_images(surrogates, trained, tmp_path, capsys):
         assert draw("--checkpoint", checkpoint, "--image", *files, "--figure", tmp_path / "own.png") == 0
         assert (tmp_path / "own.png").stat().st_size > 20_000
     assert "others: " in capsys.readouterr().out
+    many = [files[i % 2] for i in range(2 * figures.PAGE + 1)]
+    assert draw("--checkpoint", trained, "--image", *many, "--figure", tmp_path / "many.png") == 0
+    pages = [tmp_path / f"many-{i}.png" for i in (1, 2, 3)]
+    assert sorted(tmp_path.glob("many*")) == pages
+    assert capsys.readouterr().out.splitlines()[-1] == f"figures {pages[0]} to {pages[-1]}"
+    heights = [Image.open(page).height for page in pages]
+    assert heights[0] == heights[1] > 8 * heights[2]  # ten images, ten, one
     (tmp_path / "broken.png").write_text("no image")
     assert draw("--checkpoint", trained, "--image", tmp_path / "broken.png") == 2
     assert "broken.png cannot be read as an image" in capsys.readouterr().err
@@ -172,6 +202,14 @@ def test_ones_own_images(surrogates, trained, tmp_path, capsys):
     assert draw("--checkpoint", trained, "--image", tmp_path / "thin.png", "--figure", tmp_path / "own.png") == 0
     files[0].rename(tmp_path / r"$\frac{$.png")  # no formula
     assert draw("--checkpoint", trained, "--image", tmp_path / r"$\frac{$.png", "--figure", tmp_path / "own.png") == 0
+
+
+def test_a_large_photo_is_drawn_at_the_size_of_its_panel():
+    maps = [np.zeros((3, 4, 4), np.float32)]
+    photo = np.zeros((3000, 2000), np.uint8)
+    figure = figures.draw_overlays([photo], maps, ["a"], [["b"] * 3], diverging=False)
+    drawn = figure.axes[0].get_images()[0]
+    assert drawn.get_size() == (512, 341) and drawn.get_extent() == [0, 2000, 3000, 0]
 
 
 def test_the_architecture_is_read_off_the_modules():
@@ -183,9 +221,10 @@ def test_the_architecture_is_read_off_the_modules():
     assert not any(block["joins"] for block in interpret.traced(models.HourGlass(1, 2, inter_skip=False), (3, 32, 32)))
 
 
-def test_differences_show_ours_and_the_reports():
+def test_differences_show_ours_and_the_reports(tmp_path):
     def record(value):
-        return {"metrics": {"test": {"accuracy": value}}}
+        np.savez(tmp_path / f"{value}.npz", accuracy=np.full(9, value))
+        return {"metrics": {"test": {"accuracy": value}}, "path": str(tmp_path / f"{value}.json")}
     rows = {"maxpool-2-32": {0: record(0.9), 1: record(0.9)}, "stride-2-32": {0: record(0.88), 1: record(0.89)},
             "my-own": {0: record(0.95)}}
     ax = figures.draw_differences(rows, "table1").axes[0]

@@ -30,8 +30,8 @@ ROWS = {
     "no-inter-skip": (HourGlass, dict(inter_skip=False), None),
     "no-bn": (HourGlass, dict(norm=False), None),
     "no-act": (HourGlass, dict(act="none"), None),
-    "hourglass-1-32": (HourGlass, dict(n=1), None),
-    "hourglass-4-32": (HourGlass, dict(n=4), None),
+    "hourglass-1-32": (HourGlass, dict(hourglasses=1), None),
+    "hourglass-4-32": (HourGlass, dict(hourglasses=4), None),
     "hourglass-2-16": (HourGlass, dict(width=16), None),
     "hourglass-2-64": (HourGlass, dict(width=64), None),
     "no-dropout": (HourGlass, dict(dropout=0.0), None),
@@ -55,11 +55,11 @@ def vgg_parameters(depth=2, width=32, down="maxpool", skip=True, norm=True, **_)
     return total + 10 * cin + 10
 
 
-def hourglass_parameters(n=2, width=32, intra_skip=True, norm=True, **_):
+def hourglass_parameters(hourglasses=2, width=32, intra_skip=True, norm=True, **_):
     block = lambda cin, cout: block_parameters(cin, cout, 1, intra_skip, norm)
     ladder = [width] + [width * 2**level for level in range(4)]  # b, b, 2b, 4b, 8b
     one = sum(block(a, b) + block(b, a) for a, b in zip(ladder, ladder[1:])) + block(ladder[-1], ladder[-1])
-    return block(3, width) + n * one + 5 * width + 5
+    return block(3, width) + hourglasses * one + 5 * width + 5
 
 
 def count(model):
@@ -232,10 +232,18 @@ def test_unet_concatenates():
 def test_build_makes_what_the_settings_say():
     settings = dict(arch="hourglass", hourglasses=1, width=8, intra_skip=False, inter_skip=False, norm=False,
                     act="gelu", dropout=0.1)
-    assert count(models.build(settings)) == hourglass_parameters(1, 8, False, False)
-    assert isinstance(models.build({**settings, "arch": "unet"}), UNet)
+    assert count(models.build(settings, 3, 5)) == hourglass_parameters(1, 8, False, False)
+    assert isinstance(models.build({**settings, "arch": "unet"}, 3, 5), UNet)
     settings = dict(depth=1, width=8, down="stride", skip=False, norm=True, act="none", block="residual")
-    assert count(models.build(settings)) == vgg_parameters(1, 8, "stride", False)
+    assert count(models.build(settings, 1, 10)) == vgg_parameters(1, 8, "stride", False)
+
+
+def test_build_takes_channels_and_classes_from_the_data_and_defaults_for_what_is_missing():
+    for settings in (dict(arch="hourglass"), dict(arch="unet", width=8, dropout=0.5), dict(width=8, epochs=3)):
+        model = models.build(settings, 2, 7)
+        shape = (1, 2, 32, 32)
+        assert model(torch.zeros(shape)).shape[1] == 7
+    assert count(models.build({}, 1, 10)) == count(VGGResNet())
 
 
 def test_multiply_adds_by_hand():

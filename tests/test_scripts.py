@@ -24,7 +24,8 @@ def test_train_seg_dry_run(tiny_root, tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
     argv = [*flags.split(), "--dry-run", "--size", "32", "--data-root", str(tiny_root)]
     if "dev" in flags:
-        argv[-1] = str(tmp_path)  # the synthetic set: the tiny one has no photos to hold out
+        argv[-1] = str(tmp_path / "empty")  # the synthetic set: the tiny one has too few photos
+        (tmp_path / "empty").mkdir()
     assert engine.guard(lambda: train_seg.main(argv)) == 0
     assert capsys.readouterr().out.rstrip().endswith("dry run passed")
     assert not (tmp_path / "runs").exists()
@@ -75,7 +76,7 @@ def test_a_flag_wins_over_the_protocol_and_the_protocol_over_the_default():
 
 def test_train_cls_config_matches_the_constructor():
     cfg = train_cls.Config(depth=1, width=8, down="stride", skip=False, act="gelu")
-    model = models.build(vars(cfg))
+    model = models.build(vars(cfg), 1, 10)
     assert not any(m.skip for m in model.modules() if isinstance(m, models.ResidualBlock))
 
 

@@ -3,18 +3,18 @@
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import typing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import engine
 import metrics
+import study
 
 REPO = Path(__file__).parents[1]
 BASE = dict(protocol="small", split="full", epochs=2, batch=128, lr=1e-3, weight_decay=1e-4, warmup=0.0,
@@ -28,10 +28,11 @@ def write_record(root, row, seed, test, train=0.9, data="d", **config):
               "multiply_adds": 73_300_000, "train_seconds": 10.0, "environment": {"device": "a CPU"},
               "metrics": {"test": {"accuracy": test}, "train": {"accuracy": train}}}
     (folder / f"seed{seed}.json").write_text(json.dumps(record))
+    np.savez(folder / f"seed{seed}.npz", accuracy=np.full(50, test))  # no error by the choice of images
 
 
 def table(root, *flags):
-    metrics.main(["table1", "--protocol", "small", "--results", str(root), *flags])
+    study.main(["table1", "--protocol", "small", "--results", str(root), *flags])
     return {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]]
             for line in (root / "small/table1.md").read_text().splitlines() if "`" in line}
 
@@ -41,9 +42,9 @@ def test_differences_are_paired_by_seed(tmp_path):
         write_record(tmp_path, "maxpool-2-32", seed, base)
         write_record(tmp_path, "stride-2-32", seed, other, down="stride")
     rows = table(tmp_path)
-    assert list(rows) == list(metrics.REPORT["table1"])
-    assert rows["maxpool-2-32"][:4] == ["85.00 ± 12.42", "92.41", "90.00 ± 0.00", "99.04"]  # 4.3027 * 5 / sqrt(3)
-    assert rows["stride-2-32"][:2] == ["+1.33 ± 1.43", "-1.15"]  # 4.3027 * 0.57735 / sqrt(3): pairing removes the seeds
+    assert list(rows) == list(study.REPORT["table1"])
+    assert rows["maxpool-2-32"][:4] == ["85.00 ± 12.42", "92.41 ✓", "90.00 ± 0.00", "99.04 ✗"]  # 4.3027 * 5 / sqrt(3)
+    assert rows["stride-2-32"][:2] == ["+1.33 ± 1.43", "-1.15 ✓"]  # 4.3027 * 0.57735 / sqrt(3): pairing removes the seeds
     assert rows["stride-2-32"][4:] == ["3", "1.50 M", "73 M", "10 s"]
     assert rows["stride-2-16"][0] == "not run" and rows["stride-2-16"][4] == "0 of 3"
 
@@ -82,6 +83,21 @@ def test_a_record_that_does_not_belong_is_refused_by_name(tmp_path, change, mess
         table(tmp_path)
 
 
+def test_a_setting_that_older_records_lack_refuses_no_table(tmp_path):
+    write_record(tmp_path, "maxpool-2-32", 0, 0.9)
+    write_record(tmp_path, "stride-2-32", 0, 0.9, new_setting=3)
+    path = tmp_path / "small/table1/stride-2-32/seed0.json"
+    record = json.loads(path.read_text())
+    del record["config"]["warmup"]  # one of those that all rows must share
+    path.write_text(json.dumps(record))
+    assert table(tmp_path)["stride-2-32"][0] == "+0.00"
+
+
+def test_an_unknown_protocol_is_refused(tmp_path, capsys):
+    assert engine.guard(lambda: study.main(["table1", "--protocol", "typo"])) == 2
+    assert "invalid choice: 'typo'" in capsys.readouterr().err
+
+
 def test_two_seeds_of_a_row_must_share_its_configuration(tmp_path):
     write_record(tmp_path, "maxpool-2-32", 0, 0.9)
     write_record(tmp_path, "maxpool-2-32", 1, 0.9, width=64)
@@ -91,38 +107,9 @@ def test_two_seeds_of_a_row_must_share_its_configuration(tmp_path):
 
 def test_refusal_is_one_line_and_exit_code_2(tmp_path):
     write_record(tmp_path, "maxpool-2-32", 0, 0.9, protocol="report")
-    done = subprocess.run([sys.executable, "metrics.py", "table1", "--protocol", "small", "--results", str(tmp_path)],
+    done = subprocess.run([sys.executable, "study.py", "table1", "--protocol", "small", "--results", str(tmp_path)],
                           cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-
-
-def test_the_text_between_markers_is_replaced_and_the_rest_is_not(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n<!-- u -->\nkeep\n<!-- /u -->\n")
-    for _ in range(2):
-        metrics.put_between_markers(page, "t", "| \\1 new |\n")
-        assert page.read_text() == "a\n<!-- t -->\n| \\1 new |\n<!-- /t -->\nb\n<!-- u -->\nkeep\n<!-- /u -->\n"
-
-
-def test_tables_rendered_side_by_side_all_reach_the_page(tmp_path, monkeypatch):
-    page, names = tmp_path / "page.md", "abcd"
-    page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names))
-    real = re.sub
-    monkeypatch.setattr(re, "sub", lambda *args, **more: (time.sleep(0.05), real(*args, **more))[1])
-    with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(lambda name: metrics.put_between_markers(page, name, f"{name}\n"), names))
-    assert page.read_text() == "".join(f"<!-- {name} -->\n{name}\n<!-- /{name} -->\n" for name in names)
-    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
-
-
-@pytest.mark.parametrize("dof, expected", [(1, 12.7062), (2, 4.30265), (5, 2.57058), (30, 2.04227)])
-def test_t_quantile_is_the_textbook_value(dof, expected):
-    assert metrics.t_quantile(dof) == pytest.approx(expected, abs=1e-4)
-
-
-def test_interval_by_hand():
-    mean, half = metrics.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
 
 
 # ---- make ----
@@ -145,9 +132,9 @@ def test_every_row_of_the_tables_is_a_target_and_every_target_a_row(make):
     for name, script in (("table1", "train_cls.py"), ("table2", "train_seg.py")):
         plan = make("-n", name, "SEEDS=0 1").stdout.splitlines()
         trained = [line for line in plan if script in line]
-        assert len(trained) == 2 * len(metrics.REPORT[name])
+        assert len(trained) == 2 * len(study.REPORT[name])
         places = [(Path(line.split("--out ")[1]).name, line.split("--seed ")[1].split()[0]) for line in trained]
-        assert places == [(row, seed) for seed in "01" for row in metrics.REPORT[name]]  # in seed order
+        assert places == [(row, seed) for seed in "01" for row in study.REPORT[name]]  # in seed order
 
 
 def test_a_measurement_that_exists_asks_for_no_training(make, tmp_path):
@@ -190,6 +177,15 @@ def test_a_stranger_adds_a_row_by_one_line(make, tmp_path):
     assert record["config"]["width"] == 4 and record["config"]["loss"] == "dice"
 
 
+@pytest.mark.parametrize("typed", ["typo", "", "small smoke", "%"])
+def test_an_unknown_protocol_is_refused_before_anything_runs(make, tmp_path, typed):
+    done = make("table1", f"PROTOCOL={typed}")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    known = typing.get_args(engine.Protocol)
+    assert f"PROTOCOL={typed} must be one of: {' '.join(known)}" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_no_launcher_comes_from_the_environment(make, monkeypatch):
     monkeypatch.setenv("RUN", "1")  # as a CI system may have it
     assert "\n1 " not in "\n" + make("-n", "table2/ce").stdout
@@ -224,10 +220,10 @@ def runs(root, table, row, scores):
 
 
 def verdicts(root):
-    tables = {table: metrics.load_records(root / "small" / table, "small") for table in metrics.REPORT}
+    tables = {table: study.load_records(root / "small" / table, "small") for table in study.REPORT}
     if (root / "small/attention").exists():
-        tables["attention"] = metrics.load_records(root / "small/attention", "small")
-    return metrics.judge(tables)
+        tables["attention"] = study.load_records(root / "small/attention", "small")
+    return study.judge(tables)
 
 
 def wobble(center, size=0.004):
@@ -243,7 +239,7 @@ def test_verdicts_on_made_up_runs(tmp_path):
         scores = zip(wobble(map_, step), wobble(wgap, step))
         runs(tmp_path, "table2", row, [{"map": map_, "wgap": wgap} for map_, wgap in scores])
     accuracy = lambda row: 0.95 if row.startswith("stride") else 0.92 if row == "maxpool-2-32-noact" else 0.9
-    for row in metrics.REPORT["table1"]:
+    for row in study.REPORT["table1"]:
         runs(tmp_path, "table1", row, [{"accuracy": a} for a in wobble(accuracy(row))])
     found = {name: claim["verdict"] for name, claim in verdicts(tmp_path).items()}
     assert found == {"C1": "contradicted",  # stride rows are 5 points away
@@ -268,7 +264,7 @@ def test_verdicts_on_made_up_attention(tmp_path):
             np.savez(folder / f"seed{seed}.npz", **{key: np.full(500, value) for key, value in wobbled.items()})
     found = {name: claim["verdict"] for name, claim in verdicts(tmp_path).items()}
     assert (found["C3"], found["C4"], found["C5"]) == ("contradicted", "supported", "supported")
-    assert "`frozen-tie0` |" in metrics.render_claims(verdicts(tmp_path))
+    assert "`frozen-tie0` |" in study.render_claims(verdicts(tmp_path))
 
 
 def test_error_overlap_by_hand():
@@ -284,7 +280,7 @@ def test_missing_rows_or_a_single_seed_decide_nothing(tmp_path):
         runs(tmp_path, "table1", row, [{"accuracy": accuracy}])
     found = verdicts(tmp_path)
     assert found["C2"]["verdict"] == "undecided" and found["C2"]["effects"][0]["mean"] == pytest.approx(-80)
-    text = metrics.render_claims(found)
+    text = study.render_claims(found)
     assert "| C2 " in text and "-80.00 accuracy" in text and "| C6 Weighted" in text and "not run" in text
 
 
@@ -298,34 +294,22 @@ def test_standard_error_adds_seeds_and_test_set(tmp_path):
             (folder / f"seed{seed}.json").write_text(json.dumps({
                 "config": {"protocol": "small", "seed": seed}, "data": "d", "metrics": {"test": score}}))
             np.savez(folder / f"seed{seed}.npz", prediction=np.arange(10_000) < right, target=np.ones(10_000, bool))
-    rows = metrics.load_records(tmp_path / "small/table1", "small")
-    mean, error, differences = metrics.effect(rows, "maxpool-2-32-noact", "maxpool-2-32", "accuracy")
-    assert differences == pytest.approx([-2.0, -2.2]) and mean == pytest.approx(-2.1)
+    rows = study.load_records(tmp_path / "small/table1", "small")
+    ours = study.estimate(rows, "maxpool-2-32-noact", "maxpool-2-32", "test", "accuracy")
+    assert ours.values == pytest.approx([-2.0, -2.2]) and ours.mean == pytest.approx(-2.1)
     from_seeds, from_images = 0.1, 100 * math.sqrt(0.02 * 0.98 / 10_000)  # points
-    assert error == pytest.approx(math.hypot(from_seeds, from_images), rel=0.05)
+    assert [math.sqrt(part.variance) for part in ours.error] == pytest.approx([from_seeds, from_images], rel=0.05)
+    assert [float(part.dof) for part in ours.error] == pytest.approx([1, 9_999])
+    wide, one_more = from_seeds * 12.7062, from_seeds * 12.7062 * math.sqrt(3)  # t of 1 degree; 1 + 1/n against 1/n
+    assert ours.half == pytest.approx(math.hypot(wide, 1.96 * from_images), rel=0.05)
+    edge = math.hypot(one_more, 1.96 * from_images)
+    assert ours.holds(-2.1 + 0.97 * edge) and not ours.holds(-2.1 + 1.03 * edge)
 
 
-def test_sign_flip_by_hand():
-    assert metrics.sign_flip([1.0, 2.0, 3.0]) == 2 / 8  # only all + and all - are as extreme
-    assert metrics.sign_flip([1.0, -1.0]) == 1
-    assert metrics.sign_flip([1.0] * 6) == 2 / 64
-
-
-def test_holm_by_hand():
-    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert metrics.holm([0.5, 0.6]) == [1.0, 1.0]
-
-
-def test_evidence():
-    inside, outside = metrics.evidence(0.0, 0.1, 5, -2, 2)
-    assert inside < 1e-5 and outside > 0.999
-    inside, outside = metrics.evidence(-5.0, 0.1, 5, -math.inf, -1)
-    assert inside < 1e-5 and outside > 0.999
-    inside, outside = metrics.evidence(3.0, 0.1, 5, -math.inf, -1)
-    assert inside > 0.999 and outside < 1e-5
-    assert metrics.evidence(2.0, 1.0, 2, 2, math.inf)[0] == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("t, dof, expected", [(0, 3, 0.5), (1, 1, 0.75), (2.57058, 5, 0.975), (-2.57058, 5, 0.025)])
-def test_t_cdf_is_the_textbook_value(t, dof, expected):
-    assert metrics.t_cdf(t, dof) == pytest.approx(expected, abs=1e-6)
+def test_a_difference_is_over_the_seeds_that_both_rows_have(tmp_path):
+    for row, seeds in (("maxpool-2-32", range(4)), ("stride-1-32", range(1, 4)), ("stride-2-32", range(4))):
+        for seed in seeds:
+            write_record(tmp_path, row, seed, 0.5 + 0.01 * seed + (0.02 if row == "stride-1-32" else 0))
+    rows = study.load_records(tmp_path / "small/table1", "small")
+    ours = study.estimate(rows, "stride-1-32", "maxpool-2-32", "test", "accuracy")
+    assert len(ours.values) == 3 and ours.mean == pytest.approx(2) and ours.half == pytest.approx(0, abs=1e-6)
