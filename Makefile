@@ -5,8 +5,9 @@
 #   make table2/no-inter-skip            one row
 #   make interpret                       attention and shift invariance: surrogates, measurements, figures
 #
-#   PROTOCOL=  report (default, for a GPU), desk (two CPU cores: two rows side by side unless -j says otherwise),
-#              small (the same, a first look), smoke (seconds)
+#   PROTOCOL=  report (default, for a GPU: three or four rows side by side unless -j or RUN= say otherwise),
+#              desk (two CPU cores: two rows side by side unless -j says otherwise), small (the same, a first
+#              look), smoke (seconds)
 #   SEEDS=     "0 1 2 3 4 5" (report, desk), "0 1 2" (small), 0 (smoke)
 #   DEVICE=    auto, cpu, cuda, cuda:1
 #   RUN=       a launcher before every row's command, e.g. RUN="srun --gpus=1"
@@ -87,13 +88,15 @@ endif
 # the rows that are exported, and the one that is timed at the study's full image size
 EXPORTED := table2/standard table1/maxpool-2-32
 
-.PHONY: help env data demo test faults fuzz bench table1 table2 claims figures interpret export bench-inference
+.PHONY: help env data demo test faults fuzz bench gpu table1 table2 claims figures interpret export bench-inference
 .DELETE_ON_ERROR:
 help:
 	@echo "make demo           environment, data, a short training of both base models, figures in $(DEMO)/"
 	@echo "make test           environment, all tests"
 	@echo "make faults         runs that are killed again and again must end with the same bits"
 	@echo "make fuzz           mutated IDX files and archives, guided by coverage (SECONDS= each; needs pip install atheris)"
+	@echo "make gpu            the first minutes on a GPU: checks, a verdict each, then the missing rows of the study until"
+	@echo "                    the time is over (SECONDS=540), and all records in one archive"
 	@echo "make bench          speed of the training step and of average precision, as ratios"
 	@echo "make export         both base models as TorchScript, ONNX, int8 ONNX and AOTInductor, proven equal (PROTOCOL=)"
 	@echo "make bench-inference  speed and memory of all these forms, side by side (PROTOCOL=)"
@@ -127,10 +130,16 @@ bench: $(ENV)
 faults: $(ENV)
 	PYTHONPATH=. $(PY) tests/faults.py --rounds 44
 
-SECONDS ?= 60
+fuzz: SECONDS ?= 60
 fuzz: $(ENV)
 	PYTHONPATH=. $(PY) tests/fuzz.py idx --seconds $(SECONDS)
 	PYTHONPATH=. $(PY) tests/fuzz.py archive --seconds $(SECONDS)
+
+# once its seconds are over nothing runs any more; what ran goes on with the same command
+gpu: SECONDS ?= 540
+gpu: $(ENV)
+	$(PY) tests/gpu.py --protocol $(PROTOCOL) --seeds $(SEEDS) --seconds $(SECONDS) \
+	  --device $(DEVICE:auto=cuda) --results $(RESULTS)
 
 # ---- the study ----
 
@@ -152,6 +161,13 @@ ifneq ($(filter $(PROTOCOL),desk small),)
 MAKEFLAGS += -j2
 RUN := env OMP_NUM_THREADS=$(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 endif
+ifeq ($(PROTOCOL),report)
+# one row leaves most of a GPU idle: four of Table 1 side by side, or three of Table 2, each on two threads
+ifneq ($(origin RUN),command line)
+MAKEFLAGS += -j$(if $(filter-out table1% rows/table1,$(MAKECMDGOALS)),3,4)
+RUN := env OMP_NUM_THREADS=2
+endif
+endif
 RESULTS := results/$(PROTOCOL)
 ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))
 
@@ -170,6 +186,11 @@ $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
 $(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: study.py | $(ENV)
 	$(PY) study.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS))
+
+# the records alone, without table and page
+.PHONY: rows/table1 rows/table2 rows/attention
+rows/table1: $(call records,$(filter table1/%,$(ROWS)))
+rows/table2: $(call records,$(filter table2/%,$(ROWS)))
 
 .PHONY: $(ROWS)
 $(foreach row,$(ROWS),$(eval $(row): $(call records,$(row))))
@@ -219,7 +240,7 @@ interpret: $(RESULTS)/attention.md $(RESULTS)/attention.png
 	@cat $<
 	$(PY) interpret.py --study $(PROTOCOL) --results $(dir $(RESULTS))
 
-$(RESULTS)/attention.md: $(call records,$(attention) $(equivariance))
+rows/attention $(RESULTS)/attention.md: $(call records,$(attention) $(equivariance))
 
 first := $(firstword $(SEEDS))
 # the report's Figures 1 and 4

@@ -24,7 +24,7 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +35,8 @@ from torchvision import datasets
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from lab.files import BadInput, colours, read_image
+from lab.batches import Dataset, Split
+from lab.files import BadInput, colours, read_image, tree_digest
 
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
 FACADE_CLASSES = ("others", "facade", "pillar", "window", "balcony")
@@ -61,102 +62,6 @@ FACADE_TEST_PHOTOS = [int(photo) for photo in """
 297 92 183 5 19 142 154 262 337 66 228 201 34 339 197""".split()]
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images uint8 (N, C, H, W); targets uint8 (N,) labels or (N, H, W) masks; photos int64 (N,)."""
-    images: Tensor
-    targets: Tensor
-    photos: Tensor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Split":
-        return Split(change(self.images), change(self.targets), change(self.photos))
-
-    def class_counts(self, classes: int) -> Tensor:
-        """int64 (classes,): how many images or pixels each class has."""
-        return torch.bincount(self.targets.reshape(-1), minlength=classes)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Two splits and what a run record says of them; `held_out` is "test", or "val" in --split dev."""
-    name: str
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]  # per channel, of images in [0, 1]
-    std: tuple[float, ...]
-    digest: str
-    synthetic: bool
-    train: Split
-    test: Split
-    held_out: str = "test"
-    palette: tuple[tuple[int, int, int], ...] | None = None  # the colour of each class in a mask
-
-    @property
-    def task(self) -> str:
-        return "classification" if self.train.targets.ndim == 1 else "segmentation"
-
-    def to(self, device: torch.device) -> "Dataset":
-        move = lambda tensor: tensor.to(device)
-        return replace(self, train=self.train.map(move), test=self.test.map(move))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> float32 channels_last, zero mean and unit variance over the train split."""
-        return normalise(images, self.mean, self.std)
-
-
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 (N, C, H, W) -> float32 channels_last, (value / 255 - mean) / std per channel."""
-    images = images.to(torch.float32, memory_format=torch.channels_last)
-    return images.sub_(per_channel(mean, images.device)).div_(per_channel(std, images.device))
-
-
-@functools.cache  # made once: a copy to a GPU in each step would wait for it
-def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)
-
-
-def batches(data: Dataset, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The split in order: normalised images float32 (n, C, H, W) and their uint8 targets, n <= batch."""
-    for i in range(0, len(split), batch):
-        yield data.normalise(split.images[i:i + batch]), split.targets[i:i + batch]
-
-
-def shuffled_batches(data: Dataset, batch: int, seed: int, epoch: int, flip: bool,
-                     first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of the training split, all on its device, wholly determined by (seed, epoch), from step `first` on.
-
-    Nothing else is random and nothing is carried over, so an epoch can be repeated exactly. `flip`
-    mirrors each image and mask with probability 1/2. The last, incomplete batch is left out (each
-    epoch another set of images): every step has one shape.
-    """
-    split = data.train
-    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
-    order = torch.randperm(len(split), generator=generator).to(split.images.device)
-    mirrored = (torch.rand(len(split), generator=generator) < 0.5).to(split.images.device)
-    for step in range(first, steps_per_epoch(split, batch)):
-        index = order[step * batch:(step + 1) * batch]
-        images, targets = split.images[index], split.targets[index]
-        if flip:
-            mirror = mirrored[index].view(-1, 1, 1)
-            images = torch.where(mirror[:, None], images.flip(-1), images)
-            targets = torch.where(mirror, targets.flip(-1), targets)
-        yield data.normalise(images), targets
-
-
-def steps_per_epoch(split: Split, batch: int) -> int:
-    return max(1, len(split) // batch)
-
-
-def mixed_seed(*parts: int) -> int:
-    """32 mixed bits, since torch's CPU generator ignores all above them, of (seed, epoch) or (seed, epoch, step).
-
-    A trailing 0 counts for nothing, so that steps are numbered from 1.
-    """
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
 def find_root(flag: str | None) -> Path:
     """The data root: the flag, else $DATA_ROOT, else ./data. BadInput if a named one does not exist."""
     for source, value in (("--data-root", flag), ("DATA_ROOT", os.environ.get("DATA_ROOT"))):
@@ -165,12 +70,6 @@ def find_root(flag: str | None) -> Path:
                 raise BadInput(f"data root {value} (from {source}) is not a folder; see python data.py --help")
             return Path(value)
     return Path("data")
-
-
-def tree_digest(entries: list[tuple[str, bytes]]) -> str:
-    """sha256 over the lines "sha256  relative/path" of a set's files, sorted by path."""
-    lines = [f"{hashlib.sha256(content).hexdigest()}  {path}\n" for path, content in sorted(entries)]
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()  # a name may be no UTF-8
 
 
 # ---- Fashion-MNIST and MNIST ----

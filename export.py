@@ -41,8 +41,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import shutil
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -53,12 +51,12 @@ import torch
 from torch import Tensor, nn
 
 import data
-import engine
 import metrics
 import models
-from engine import flag
-from lab import forms
-from lab.files import BadInput, write_atomic
+from lab import cli, devices, engine, forms
+from lab.batches import Dataset
+from lab.cli import flag
+from lab.files import BadInput, jsonable, write_atomic
 from lab.forms import FORMS, ParityError
 
 # deprecated; here they make one form of many
@@ -163,33 +161,7 @@ def show(name: str, found: dict) -> None:
           f"argmax agrees in {100 * found['argmax_agreement']:.3f} %")
 
 
-def check_compiler(device: torch.device) -> None:
-    """Refuse, before any work, a device for which no AOTInductor package can be built here."""
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise BadInput("no C++ compiler (CXX, else g++), which the AOTInductor package needs; "
-                       "install one, or --no-aot")
-    if device.type != "cuda":
-        return
-    from torch.utils import cpp_extension  # imported here, as it looks for CUDA and says so
-    home, places = cpp_extension.CUDA_HOME, []
-    if home is not None:
-        places = [*[f"-I{path}" for path in cpp_extension.include_paths("cuda")],
-                  *[f"-L{path}{stubs}" for path in cpp_extension.library_paths("cuda")
-                    for stubs in ("", "/stubs")]]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [compiler, "-x", "c++", "-", "-o", f"{folder}/program", *places, "-lcuda"], text=True,
-            capture_output=True, input="#include <cuda.h>\nint main() { return cuInit(0); }\n")
-    if done.returncode:
-        reason = next((line for line in done.stderr.splitlines()
-                       if "error" in line or "cannot find" in line), "the compiler failed")
-        raise BadInput(f"the AOTInductor package needs cuda.h and libcuda.so, and CUDA_HOME is "
-                       f"{home} ({reason}); set CUDA_HOME to a CUDA toolkit, or to the nvidia/cu13 "
-                       f"folder beside torch's own, which has the headers; or --no-aot")
-
-
-def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: data.Dataset, batch: int,
+def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: Dataset, batch: int,
           ) -> tuple[dict[str, dict], dict[str, str]]:
     """Make and judge every form that was asked for: what passed, with its comparison, and why not.
 
@@ -227,11 +199,11 @@ def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: data.Dataset, ba
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, __doc__, argv)
-    device = engine.pick_device(cfg.device)
+    cfg = cli.parse(Config, __doc__, argv)
+    device = devices.pick_device(cfg.device)
     if cfg.aot:
-        check_compiler(device)
-    model, record = engine.load_trained(Path(cfg.checkpoint), torch.device("cpu"))
+        forms.check_compiler(device)
+    model, record = engine.load_trained(Path(cfg.checkpoint), torch.device("cpu"), models.build)
     dataset = data.load_recorded(record, data.find_root(cfg.data_root))
     out = Path(cfg.out or Path(cfg.checkpoint).with_suffix(""))
     out.mkdir(parents=True, exist_ok=True)
@@ -249,15 +221,12 @@ def main(argv: list[str] | None = None) -> None:
         if name not in written and (out / FORMS[name].file).exists():
             print(f"{out / FORMS[name].file} was left as it is, from an earlier export")
     if written:
-        limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-        proven_on = [torch.backends.cpu.get_cpu_capability(), *engine.instruction_sets(),
-                     *([f"ONEDNN_MAX_CPU_ISA={limit}"] if limit else [])]
         report = {"checkpoint": Path(cfg.checkpoint).name, **about, "split": dataset.held_out,
                   "images": len(dataset.test), "size": dataset.test.images.shape[-1],
                   "environment": engine.environment(device, torch.float32),
-                  "onnxruntime": onnxruntime.__version__, "instructions": proven_on,
+                  "onnxruntime": onnxruntime.__version__,
                   "forms": passed, "failed": failed}
-        content = json.dumps(engine.jsonable(report), indent=1) + "\n"
+        content = json.dumps(jsonable(report), indent=1) + "\n"
         write_atomic(out / "parity.json", content.encode())
         print(f"models {out}/")
     if failed:
@@ -266,4 +235,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(engine.guard(main))
+    sys.exit(cli.guard(main))

@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 import data
-import engine
 import metrics
 import study
-from data import Dataset
-from lab import records
+from lab import files, records
+from lab.batches import Dataset
 from lab.statistics import detectable
 
 # A script that a notebook starts inherits the name of the notebook's way to show pictures, and
@@ -58,7 +57,7 @@ def write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format=path.suffix[1:])
-    engine.write_atomic(path, picture.getbuffer())
+    files.write_atomic(path, picture.getbuffer())
 
 
 def save(figure: Figure, path: Path) -> None:

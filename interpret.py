@@ -27,15 +27,16 @@ import torch
 from torch import Tensor, nn
 
 import data
-import engine
 import figures
 import models
 import study
-from data import Composites, Dataset, Split
-from engine import flag
-from lab import records
+from data import Composites
+from lab import batches, cli, devices, engine, files, records
+from lab.batches import Dataset, Split
+from lab.cli import flag
 from lab.files import BadInput, colours, read_image, shown, to_size
 from lab.progress import progress
+from study import Protocol
 
 TEST_GRIDS = 1  # seed of the held-out grids, as in data.load_composites
 
@@ -51,7 +52,7 @@ class Config:
     images: int = flag(10000, "measure: held-out images")
     sweep_images: int = flag(1000, "measure: held-out images that are moved by every shift")
     out: str | None = flag(None, "measure: folder of the record")
-    study: engine.Protocol = flag(None, "whose records to draw")
+    study: Protocol = flag(None, "whose records to draw")
     results: str = flag("results", "study: folder of the records")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
@@ -83,8 +84,8 @@ def activation_maps(model: nn.Module, features: Tensor) -> Tensor:
 def look(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) of a split, and the class activation maps (N, classes, h, w) that they sum."""
     maps = []
-    batches = data.batches(dataset, split, batch)
-    for images, _ in progress(batches, "attention", -(-len(split) // batch)):
+    parts = batches.in_order(dataset, split, batch)
+    for images, _ in progress(parts, "attention", -(-len(split) // batch)):
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             features = model.features(images)
         maps.append(activation_maps(model, features))
@@ -215,8 +216,8 @@ def equivariance_error(model: nn.Module, images: Tensor, shifts: int = 8) -> lis
 
 def measure(cfg: Config) -> None:
     """Write OUT/seed<k>.npz and, last, OUT/seed<k>.json; nothing where the record exists."""
-    device = engine.pick_device(cfg.device)
-    model, trained = engine.load_trained(Path(cfg.measure), device)
+    device = devices.pick_device(cfg.device)
+    model, trained = engine.load_trained(Path(cfg.measure), device, models.build)
     config = trained["config"]
     if "depth" not in config:
         raise BadInput(f"--measure {cfg.measure} is a segmentation network; it measures classifiers")
@@ -241,7 +242,7 @@ def measure(cfg: Config) -> None:
                          "circular": equivariance_error(with_circular_padding(model), images)}
         scores = {f"equivariance_error_{padding}": float(np.mean(error)) for padding, error in more["error"].items()}
     made_of = f"{data.IDX_DIGESTS} {config['split']} {cfg.images}"
-    record = engine.jsonable({
+    record = files.jsonable({
         "script": "interpret.py", "config": {**config, "images": cfg.images, "sweep_images": cfg.sweep_images},
         "data": hashlib.sha256(made_of.encode()).hexdigest(), "environment": engine.environment(device, bench.dtype),
         "trained": trained, "metrics": {"test": scores}, **more})
@@ -249,8 +250,8 @@ def measure(cfg: Config) -> None:
         half = lambda array: array.float() if array.dtype == torch.float64 else array
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **{key: half(x).cpu().numpy() for key, x in arrays.items()})
-        engine.write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
-    engine.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+        files.write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
+    files.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     print("  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
     print(f"record {path}")
 
@@ -263,7 +264,7 @@ def draw_figure1(cfg: Config, device: torch.device) -> figures.Figure:
     for name, file in (("frozen", cfg.frozen), ("scratch", cfg.scratch)):
         if not Path(file).exists():
             raise BadInput(f"{file} is not there: `make interpret` trains the surrogates, or name one with --{name}")
-        runs[name] = engine.load_trained(Path(file), device)
+        runs[name] = engine.load_trained(Path(file), device, models.build)
         if not runs[name][1]["config"].get("composites"):
             raise BadInput(f"--{name} {file} is no surrogate: train it with train_cls.py --composites")
     root = data.find_root(cfg.data_root)
@@ -305,7 +306,7 @@ def draw_images(model: nn.Module, record: dict, paths: tuple[str, ...],
     for path in paths:
         image = colours(read_image(path), 3 if segments else 1)
         pixels = torch.from_numpy(to_size(image, about["size"])).permute(2, 0, 1)[None]
-        batch = data.normalise(pixels.to(device), tuple(about["mean"]), tuple(about["std"]))
+        batch = batches.normalise(pixels.to(device), tuple(about["mean"]), tuple(about["std"]))
         images.append(image if segments else image[..., 0])
         if segments:
             maps.append(model(batch).softmax(1)[0].cpu().numpy())
@@ -357,35 +358,32 @@ def draw_study(protocol: str, results: Path) -> None:
                      figures.draw_curves(rows)}
         if table == "table2":
             pictures["imbalance.png"] = figures.draw_imbalance(next(iter(next(iter(rows.values())).values())))
-    rows = study.load_records(folder / "attention", protocol)
-    if rows:
+    if rows := study.load_records(folder / "attention", protocol):
         pictures["ties.png"] = figures.draw_ties(rows)
         if swept := rows.get("frozen-tie0"):
             sweep = records.mean_arrays(swept, ("sweep_accuracy", "sweep_consistency"))
             pictures["shifts.png"] = figures.draw_shifts("frozen", swept, sweep)
         names = next(iter(next(iter(rows.values())).values()))["trained"]["about_data"]["classes"]
-        confusions = {f"{row}, all seeds": records.summed_confusion(rows[row], len(names))
-                      for row in ("frozen-tie0.9", "scratch-tie0.9") if row in rows}
-        if confusions:
+        if confusions := {f"{row}, all seeds": records.summed_confusion(rows[row], len(names))
+                          for row in ("frozen-tie0.9", "scratch-tie0.9") if row in rows}:
             pictures["confusion.png"] = figures.draw_confusions(confusions, names)
-    rows = study.load_records(folder / "equivariance", protocol)
-    if rows:
+    if rows := study.load_records(folder / "equivariance", protocol):
         pictures["equivariance.png"] = figures.draw_equivariance(rows)
     for name, figure in pictures.items():
         figures.save(figure, folder / name)
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, __doc__, argv)
+    cfg = cli.parse(Config, __doc__, argv)
     if cfg.study is not None:
         return draw_study(cfg.study, Path(cfg.results))
     if cfg.measure is not None:
         return measure(cfg)
-    device = engine.pick_device(cfg.device)
+    device = devices.pick_device(cfg.device)
     if cfg.checkpoint is None:
         return figures.save(draw_figure1(cfg, device), Path(cfg.figure or "attention.png"))
     path = Path(cfg.figure or "predictions.png")
-    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     if cfg.image is not None:
         draw = lambda page: figures.marked(draw_images(model, record, page, device), [record])
         figures.save_pages(draw, cfg.image, path)
@@ -394,4 +392,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(engine.guard(main))
+    sys.exit(cli.guard(main))

@@ -9,13 +9,11 @@ three, so class activation maps need no hooks. All forms script and export.
 """
 
 import copy
-import hashlib
 import inspect
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # in place: no one else reads a norm's output, and a step touches less memory
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity}
@@ -307,21 +305,6 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(self.normalise(images))
-
-
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over the names and bytes of all weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def multiply_adds(model: nn.Module, shape: torch.Size) -> int:
-    """Multiply-adds of one forward pass of one image (C, H, W), counted without computing it."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to("meta")(torch.empty(1, *shape, device="meta"))
-    return counter.get_total_flops() // 2
 
 
 def pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-import engine
 import metrics
-from lab import records
+from lab import cli, records
 from lab.files import write_atomic
 from lab.records import cell, number, paired, pairs_of, plain
-from lab.statistics import (LEVEL, Part, claim, evidence, half_width, holm, own_spread, row_spreads,
-                            sign_flip, sum_of)
+from lab.statistics import LEVEL, Part, claim, evidence, half_width, holm, own_spread, row_spreads, sign_flip, sum_of
 
 # The columns of each table: what heads one, and where a record holds it.
 COLUMNS = {"table1": {"test": ("test accuracy", "test", "accuracy"),
@@ -106,6 +104,9 @@ CLAIMS = {
 # settings that all rows of a table must share: a row differs by its own switch and by nothing else
 SHARED = ("protocol", "split", "epochs", "batch", "lr", "weight_decay", "warmup", "precision", "compile",
           "size", "train_images", "weight_power")
+
+
+Protocol = typing.Literal["report", "desk", "small", "smoke"]
 
 
 def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
@@ -350,10 +351,10 @@ def render_attention(rows: dict, equivariance: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = engine.Parser(description=__doc__, allow_abbrev=False,
+    parser = cli.Parser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*REPORT, "attention", "claims"], help="what to render")
-    parser.add_argument("--protocol", default="report", choices=typing.get_args(engine.Protocol), help="which records (report)")
+    parser.add_argument("--protocol", default="report", choices=typing.get_args(Protocol), help="which records (report)")
     parser.add_argument("--results", default="results", help="folder of the records (results)")
     parser.add_argument("--seeds", type=int, help="seeds a full row has (the most that any row has)")
     args = parser.parse_args(argv)
@@ -373,4 +374,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(engine.guard(main))
+    sys.exit(cli.guard(main))

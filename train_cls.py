@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-import engine
 import metrics
 import models
-from data import BadInput, find_root, load_composites, load_fashion
-from engine import flag
+from data import find_root, load_composites, load_fashion
+from lab import cli, engine
+from lab.cli import flag
+from lab.files import BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Config(engine.Settings):
     composites: bool = flag(False, "train on 2x2 grids of one Fashion-MNIST image and three MNIST digits")
     tie: float = flag(0.0, "composites: strength of the spurious tie of Trouser to the digit 3, 0 to 1")
     frozen: bool = flag(False, "keep the features of --base and train the classifier alone")
-    base: str | None = flag(None, "frozen: seed<k>.pt of a finished run of the same network", place=True)
+    base: str | None = flag(None, "frozen: seed<k>.pt of a finished run of the same network", local=True)
     train_images: int = flag(60000, "use only the first so many training images")
     epochs: int = flag(20, "passes over the training split")
     batch: int = flag(128, "images a step")
@@ -65,7 +66,7 @@ PROTOCOLS = {
 
 def base_weights(cfg: Config) -> dict[str, torch.Tensor]:
     """The weights that --frozen starts from. BadInput if --base is another network."""
-    model, record = engine.load_trained(Path(cfg.base), torch.device("cpu"))
+    model, record = engine.load_trained(Path(cfg.base), torch.device("cpu"), models.build)
     for name in ("depth", "width", "down", "skip", "norm", "act", "block"):
         if record["config"].get(name) != asdict(cfg)[name]:
             raise BadInput(f"--base {cfg.base} has {name} {record['config'].get(name)}, this run has "
@@ -74,20 +75,20 @@ def base_weights(cfg: Config) -> dict[str, torch.Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, __doc__, argv, PROTOCOLS)
+    cfg = cli.parse(Config, __doc__, argv, PROTOCOLS)
     root = find_root(cfg.data_root)
     if cfg.composites:
         dataset = load_composites(root, cfg.split, cfg.train_images, cfg.tie)
     else:
         dataset = load_fashion(root, cfg.split, cfg.train_images)
-    run = engine.Run(cfg, dataset, base_weights(cfg) if cfg.frozen else None)
+    run = engine.Run(cfg, dataset, models.build, base_weights(cfg) if cfg.frozen else None)
     if cfg.frozen:
         run.model.freeze()
     if run.record is None:
         engine.fit(run, models.cross_entropy)
         run.finish(*run.evaluate(metrics.classification, lambda logits, split: {
             "prediction": logits.argmax(1).byte().cpu().numpy(), "target": split.targets.cpu().numpy()}),
-            features_sha256=models.weights_digest(run.model.stages) if cfg.frozen else None)
+            features_sha256=engine.weights_digest(run.model.stages) if cfg.frozen else None)
     for name, scores in run.record["metrics"].items():
         print(f"{name} accuracy {100 * scores['accuracy']:.2f}% of {scores['images']} images "
               f"of {run.record['about_data']['name']}")
@@ -95,4 +96,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(engine.guard(main))
+    sys.exit(cli.guard(main))

@@ -15,11 +15,12 @@ import sys
 import typing
 from dataclasses import dataclass
 
-import engine
 import metrics
 import models
-from data import BadInput, find_root, load_facades
-from engine import flag
+from data import find_root, load_facades
+from lab import cli, engine
+from lab.cli import flag
+from lab.files import BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,9 @@ PROTOCOLS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, __doc__, argv, PROTOCOLS)
+    cfg = cli.parse(Config, __doc__, argv, PROTOCOLS)
     dataset = load_facades(find_root(cfg.data_root), cfg.split, cfg.size)
-    run = engine.Run(cfg, dataset)
+    run = engine.Run(cfg, dataset, models.build)
     if run.record is None:
         counts = run.data.train.class_counts(len(dataset.classes))
         weights = models.class_weights(counts, cfg.weight_power)
@@ -88,4 +89,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(engine.guard(main))
+    sys.exit(cli.guard(main))

@@ -57,8 +57,7 @@ std::pair<std::function<Tensor(const Tensor&)>, Metadata> load(const std::string
         auto loader = std::make_shared<torch::inductor::AOTIModelPackageLoader>(path);
         return {[loader](const Tensor& images) { return loader->run({images})[0]; }, loader->get_metadata()};
     }
-    Metadata about{{"classes", ""}, {"palette", ""}, {"stride", ""},
-                   {"size", ""}, {"mean", ""}, {"data", ""}};
+    Metadata about{{"classes", ""}, {"palette", ""}, {"stride", ""}, {"size", ""}, {"mean", ""}, {"data", ""}};
     auto module = std::make_shared<torch::jit::Module>(torch::jit::load(path, torch::kCPU, about));
     return {[module](const Tensor& images) { return module->forward({images}).toTensor(); }, about};
 }

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with suspicion. Needs no torch.
+"""Files: written whole or not at all, and read with suspicion. Needs no torch until a checkpoint is read.
 
 There is one way to read an image, for training, prediction and interpretation, and cpp/runner.cpp
 has the same rules: turned as its orientation tag says; of 16 bits a channel the highest 8; gamma
@@ -6,9 +6,14 @@ chunks, colour profiles and transparency ignored; grey made of colours by ITU-R 
 one way to bring it to the size that a network was trained at, and a mask back.
 """
 
+import hashlib
 import io
+import json
+import math
 import os
+import typing
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +161,52 @@ def mask_to(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new)
                      for new, old in zip((height, width), mask.shape))
     return mask[rows[:, None], columns]
+
+
+def tree_digest(entries: list[tuple[str, bytes]]) -> str:
+    """sha256 over the lines "sha256  relative/path" of a set's files, sorted by path."""
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {path}\n" for path, content in sorted(entries)]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()  # a name may be no UTF-8
+
+
+# ---- checkpoints and records ----
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint of this project, unpickled without running code. BadInput if it is anything else."""
+    import torch
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
+            for entry in archive.infolist():
+                # torch.save never compresses, and a small file could unpack to any size; a file with the attribute
+                # of a folder is empty to torch.load: its tensor would be whatever lay in memory
+                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & 16:
+                    raise zipfile.BadZipFile("compressed, or a folder")
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile("checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("identity", "epoch", "model", *state)}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch, zipfile and pickle each raise their own for a damaged file
+        raise BadInput(f"{path} is no checkpoint of this project, or damaged ({type(error).__name__}); delete or "
+                       f"replace it") from error
+
+
+def read_record(path: Path) -> dict:
+    """A run record. BadInput if the file is anything else."""
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record["config"], dict) or not isinstance(record["metrics"], dict):
+            raise TypeError("config and metrics must be objects")
+        return {name: record[name] for name in ("config", "data", "metrics", *record)}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); delete it") from error
+
+
+def jsonable(value: typing.Any) -> typing.Any:
+    """NaN has no place in JSON: it becomes null, at any depth."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

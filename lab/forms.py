@@ -6,6 +6,9 @@ plain text. Nothing here knows which network it is, nor what its classes are.
 
 import copy
 import logging
+import os
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 from torch import Tensor, nn
 
+from lab.files import BadInput
 from lab.progress import progress
 
 INPUT = "images"
@@ -89,13 +93,39 @@ def save_onnx(model: onnx.ModelProto, about: dict[str, str], path: Path) -> None
     onnx.save(model, path)
 
 
+def check_compiler(device: torch.device) -> None:
+    """Refuse, before any work, a device for which no AOTInductor package can be built here."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise BadInput("no C++ compiler (CXX, else g++), which the AOTInductor package needs; "
+                       "install one, or --no-aot")
+    if device.type != "cuda":
+        return
+    from torch.utils import cpp_extension  # imported here, as it looks for CUDA and says so
+    home, places = cpp_extension.CUDA_HOME, []
+    if home is not None:
+        places = [*[f"-I{path}" for path in cpp_extension.include_paths("cuda")],
+                  *[f"-L{path}{stubs}" for path in cpp_extension.library_paths("cuda")
+                    for stubs in ("", "/stubs")]]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [compiler, "-x", "c++", "-", "-o", f"{folder}/program", *places, "-lcuda"], text=True,
+            capture_output=True, input="#include <cuda.h>\nint main() { return cuInit(0); }\n")
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines()
+                       if "error" in line or "cannot find" in line), "the compiler failed")
+        raise BadInput(f"the AOTInductor package needs cuda.h and libcuda.so, and CUDA_HOME is "
+                       f"{home} ({reason}); set CUDA_HOME to a CUDA toolkit, or to the nvidia/cu13 "
+                       f"folder beside torch's own, which has the headers; or --no-aot")
+
+
 # ---- 8 bits in ONNX ----
 
 class Calibration(quantization.CalibrationDataReader):
     """Images uint8 (N, C, H, W), one at a time."""
 
     def __init__(self, images: Tensor):
-        self.images = iter(progress(images, "calibration", unit="images"))
+        self.images = progress(images, "calibration", unit="images")
 
     def get_next(self) -> dict | None:
         return next(({INPUT: image.numpy()[None]} for image in self.images), None)
@@ -261,8 +291,7 @@ def open_form(path: Path, threads: int = 0, providers: tuple[str, ...] = ("CPUEx
 @torch.inference_mode()
 def logits_of(form: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tensor:
     """float32 (N, ...) on the CPU, of images uint8 (N, C, H, W) on the form's device."""
-    parts = progress(images.split(batch), "evaluation")
-    return torch.cat([form(part).cpu() for part in parts])
+    return torch.cat([form(part).cpu() for part in progress(images.split(batch), "evaluation")])
 
 
 def compare(logits: Tensor, exact: Tensor, scores: dict[str, float]) -> dict:

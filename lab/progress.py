@@ -37,7 +37,9 @@ class Progress:
         self.done += count
         self.bar.update(count)
         now = time.monotonic()
-        if self.bar.disable and not self.silent and now - Progress.spoken >= EVERY:
+        # what is done needs no such line: its result follows
+        due = now - Progress.spoken >= EVERY and self.done < self.total
+        if due and self.bar.disable and not self.silent:
             Progress.spoken = now
             gone = now - self.start
             left = gone * (self.total - self.done) / self.done

@@ -32,11 +32,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
 import data
-import engine
 import metrics
 import models
 import train_cls
 import train_seg
+from lab import batches, devices, engine, files
 from lab.progress import progress
 
 BATCH, SIZE, STEPS, ROUNDS = 8, 256, 2, 4  # the study's size; the batch that a CPU takes
@@ -47,23 +47,23 @@ def facades(size: int) -> data.Dataset:
     drawn = [data.synthetic_facade(i, size) for i in range((STEPS + 1 + 4) * BATCH)]
     images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
     masks = torch.from_numpy(np.stack([mask for _, mask in drawn]))
-    split = data.Split(images, masks, torch.arange(len(images)))
-    return data.Dataset("synthetic facades", data.FACADE_CLASSES, (0.5,) * 3, (0.25,) * 3, "", True, split, split)
+    split = batches.Split(images, masks, torch.arange(len(images)))
+    return batches.Dataset("synthetic facades", data.FACADE_CLASSES, (0.5,) * 3, (0.25,) * 3, "", True, split, split)
 
 
 def garments(steps: int) -> data.Dataset:
     """Noise of Fashion-MNIST's shape: what a step takes does not depend on what the images show."""
     generator = torch.Generator().manual_seed(0)
     count = steps * 128
-    split = data.Split(torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator),
+    split = batches.Split(torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator),
                        torch.randint(0, 10, (count,), dtype=torch.uint8, generator=generator), torch.arange(count))
-    return data.Dataset("noise", data.FASHION_CLASSES, (0.5,), (0.25,), "", True, split, split)
+    return batches.Dataset("noise", data.FASHION_CLASSES, (0.5,), (0.25,), "", True, split, split)
 
 
 class Facades(Dataset):
     """The plain way: one image at a time, made float and normalised by a worker process."""
 
-    def __init__(self, dataset: data.Dataset):
+    def __init__(self, dataset: batches.Dataset):
         self.split = dataset.train
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.mean, dataset.std))
 
@@ -77,7 +77,7 @@ class Facades(Dataset):
         return (image / 255 - self.mean) / self.std, mask.long()
 
 
-def plain_loop(dataset: data.Dataset, device: torch.device) -> float:
+def plain_loop(dataset: batches.Dataset, device: torch.device) -> float:
     """Seconds a step, after a warm-up step."""
     model = models.HourGlass().to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=1e-4)
@@ -97,13 +97,13 @@ def plain_loop(dataset: data.Dataset, device: torch.device) -> float:
     raise AssertionError("the data set is smaller than a round")
 
 
-def engine_loop(cfg: engine.Settings, dataset: data.Dataset, steps: int = STEPS) -> float:
+def engine_loop(cfg: engine.Settings, dataset: batches.Dataset, steps: int = STEPS) -> float:
     """Seconds a step, after a warm-up step, by the engine's own clock."""
     seconds = []
     for count in (1, steps):
         part = dataclasses.replace(dataset, train=dataset.train.map(lambda t: t[:count * cfg.batch]))
         with tempfile.TemporaryDirectory() as out:
-            run = engine.Run(dataclasses.replace(cfg, out=out), part)
+            run = engine.Run(dataclasses.replace(cfg, out=out), part, models.build)
             with contextlib.redirect_stdout(None):
                 engine.fit(run, models.cross_entropy, flip=hasattr(cfg, "arch"))
             seconds.append(run.seconds)
@@ -115,7 +115,7 @@ def standard(size: int, **settings: object) -> train_seg.Config:
 
 
 LOOPS = {"engine": lambda: engine_loop(standard(SIZE), facades(SIZE)),
-         "plain": lambda: plain_loop(facades(SIZE), engine.pick_device("auto")),
+         "plain": lambda: plain_loop(facades(SIZE), devices.pick_device("auto")),
          "deterministic": lambda: engine_loop(standard(SIZE, deterministic=True), facades(SIZE)),
          "hourglass": lambda: engine_loop(standard(128), facades(128), 3 * STEPS),
          "vgg-resnet": lambda: engine_loop(train_cls.Config(epochs=1), garments(6 * STEPS), 6 * STEPS)}
@@ -134,12 +134,12 @@ def apart(loop: str, beside: int = 1) -> float:
     return statistics.mean(seconds) / beside
 
 
-def profiled(name: str, cfg: engine.Settings, dataset: data.Dataset) -> dict:
+def profiled(name: str, cfg: engine.Settings, dataset: batches.Dataset) -> dict:
     """Shares of a step's time by operator, and the rate of its convolutions against a matrix product's."""
     dataset = dataclasses.replace(dataset, train=dataset.train.map(lambda t: t[:cfg.batch]))
     with tempfile.TemporaryDirectory() as out:
-        run = engine.Run(dataclasses.replace(cfg, epochs=3, out=out), dataset)
-    images, targets = next(data.batches(dataset, dataset.train, cfg.batch))
+        run = engine.Run(dataclasses.replace(cfg, epochs=3, out=out), dataset, models.build)
+    images, targets = next(batches.in_order(dataset, dataset.train, cfg.batch))
     run.model.train()
 
     def step() -> None:
@@ -157,7 +157,7 @@ def profiled(name: str, cfg: engine.Settings, dataset: data.Dataset) -> dict:
               "norm": ("native_batch_norm", "native_batch_norm_backward")}
     shares = {group: sum(milliseconds.get(key, 0) for key in keys) / total for group, keys in groups.items()}
     # forward, and the gradients of data and of weights: three times the multiply-adds, two operations each
-    convolutions = 6 * cfg.batch * models.multiply_adds(run.model, images.shape[1:])
+    convolutions = 6 * cfg.batch * engine.multiply_adds(run.model, images.shape[1:])
     rate = convolutions / 1e6 / total / (shares["convolution forward"] + shares["convolution backward"])
     a = torch.randn(2048, 2048).to(run.dtype)
     seconds = []
@@ -184,8 +184,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(LOOPS[sys.argv[1]]())
         return
-    device = engine.pick_device("auto")
-    environment = engine.environment(device, engine.pick_dtype("auto", device))
+    device = devices.pick_device("auto")
+    environment = engine.environment(device, devices.pick_dtype("auto", device))
     print(f"{environment['device']}, torch {environment['torch']}")
     rounds = progress(range(ROUNDS), "training steps", unit="rounds")
     engines, plains, fixed = zip(*[[apart(loop) for loop in ("engine", "plain", "deterministic")]
@@ -215,12 +215,12 @@ def main() -> None:
         results.append(compare(f"average precision, 7.5M pixels, {100 * share:.0f} % positive", "scikit-learn", pairs))
     profiles = []
     if device.type == "cpu":
-        engine.keep_freed_memory()
+        devices.keep_freed_memory()
         profiles = [profiled("HourGlass(2*32), batch 8, 128 pixels", standard(128), facades(128)),
                     profiled("VGG-ResNet(2,32,maxpool), batch 128, 28 pixels", train_cls.Config(epochs=1), garments(1))]
     record = Path("results/bench/speed.json")
     record.parent.mkdir(parents=True, exist_ok=True)
-    engine.write_atomic(record, (json.dumps({"environment": environment, "results": results, "profiles": profiles},
+    files.write_atomic(record, (json.dumps({"environment": environment, "results": results, "profiles": profiles},
                                             indent=1) + "\n").encode())
 
 

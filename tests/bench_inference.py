@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 
 import data
-import engine
 import export
 import figures
 import models
-from engine import flag
-from lab import forms
+from lab import cli, devices, engine, files, forms
+from lab.cli import flag
 from lab.files import BadInput
 
 BASE = "eager"
@@ -97,7 +96,7 @@ def open_backend(cfg: Config, name: str, device: torch.device) -> Callable[[Tens
             "INFERENCE_NUM_THREADS": cfg.threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision})
         request = compiled.create_infer_request()
         return lambda images: torch.from_numpy(request.infer({0: images.contiguous().numpy()})[0])
-    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     about = record["about_data"]
     deployed = models.Deployed(model, about["mean"], about["std"]).to(device)
     if name == BASE:
@@ -118,9 +117,9 @@ def measure(cfg: Config) -> dict:
     """Seconds of each pass, and the peak memory that model and passes need (on CUDA that of the tensors)."""
     before = memory_mb("VmRSS")  # the libraries, of which a form needs one, and this process imports all
     torch.set_num_threads(cfg.threads)
-    device = engine.pick_device(cfg.device)
+    device = devices.pick_device(cfg.device)
     if cfg.only != BASE and device.type == "cpu":
-        engine.keep_freed_memory()
+        devices.keep_freed_memory()
     channels = len(parity_of(cfg)["mean"].split(","))
     run = open_backend(cfg, cfg.only, device)
     images = torch.from_numpy(np.random.default_rng(0).integers(
@@ -201,7 +200,7 @@ def usable(cfg: Config, name: str, device: torch.device) -> bool:
 def quality(cfg: Config, names: list[str], device: torch.device) -> dict[str, dict]:
     """Each row's comparison with the model: from the export's report, or measured here where that has no such form."""
     known = parity_of(cfg)["forms"]
-    model, record = engine.load_trained(Path(cfg.checkpoint), device)
+    model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     dataset = data.load_recorded(record, data.find_root(cfg.data_root)).to(device)
     split, batch = dataset.test, record["config"]["batch"]
     exact = engine.predict(model, dataset, split, batch, torch.float32)
@@ -279,12 +278,12 @@ def draw(record: dict, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = engine.parse(Config, __doc__, argv)
+    cfg = cli.parse(Config, __doc__, argv)
     if cfg.only is not None:
         print(json.dumps(measure(cfg)))
         return
     torch.set_num_threads(cfg.threads)
-    device = engine.pick_device(cfg.device)
+    device = devices.pick_device(cfg.device)
     parity = parity_of(cfg)
     names = [name for name in BACKENDS if usable(cfg, name, device)]
     for name in BACKENDS.keys() - set(names):
@@ -298,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
                 rounds[-1][name][batch] = measure_apart(cfg, name, batch)
                 print(f"round {i + 1}/{cfg.rounds}, batch {batch}: {name} "
                       f"{1000 * statistics.median(rounds[-1][name][batch]['seconds']):.1f} ms", flush=True)
-    config = engine.load_trained(Path(cfg.checkpoint), device)[1]["config"]
+    config = engine.load_trained(Path(cfg.checkpoint), device, models.build)[1]["config"]
     model = {"hourglass": "HourGlass({hourglasses},{width})", "unet": "U-Net({width})"}.get(
         config.get("arch"), "VGG-ResNet({depth},{width},{down})").format(**config)
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
@@ -309,11 +308,11 @@ def main(argv: list[str] | None = None) -> None:
               "results": summarise(rounds, names, found)}
     path = Path(cfg.record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    engine.write_atomic(path, (json.dumps(engine.jsonable(record), indent=1) + "\n").encode())
+    files.write_atomic(path, (json.dumps(files.jsonable(record), indent=1) + "\n").encode())
     draw(record, path.with_suffix(".png"))
-    engine.write_atomic(path.with_suffix(".md"), render(record).encode())
+    files.write_atomic(path.with_suffix(".md"), render(record).encode())
     print(render(record))
 
 
 if __name__ == "__main__":
-    sys.exit(engine.guard(main))
+    sys.exit(cli.guard(main))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 # the networks here are tiny: more threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
+# read when cuBLAS starts: on a GPU a test of --deterministic may come after others
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 from PIL import Image
@@ -58,9 +60,9 @@ def make_tiny_root(root: Path, train: int = 6, test: int = 3, size: int = 32) ->
 
 def run(script: str, *argv) -> int:
     """A script's main, in this process: its exit code."""
-    import engine  # here, as most tests need none of this
+    from lab import cli  # here, as most tests need none of this
     main = importlib.import_module(script).main
-    return engine.guard(lambda: main([*map(str, argv), "--device", "cpu"]))
+    return cli.guard(lambda: main([*map(str, argv), "--device", "cpu"]))
 
 
 def trained(script: str, folder: Path, *flags, root: Path) -> Path:

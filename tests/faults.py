@@ -27,9 +27,9 @@ import torch
 from conftest import make_tiny_root
 
 import data
-import engine
 import train_cls
 import train_seg
+from lab import cli, engine, files
 from lab.progress import progress
 
 SCRIPTS = {"train_cls": train_cls, "train_seg": train_seg}
@@ -46,7 +46,7 @@ def small_root(root: Path, scratch: Path) -> Path:
 def run(script: str, flags: list[str], log: Path) -> None:
     sys.argv[0] = f"{script}.py"
     with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        os._exit(engine.guard(lambda: SCRIPTS[script].main(flags)))
+        os._exit(cli.guard(lambda: SCRIPTS[script].main(flags)))
 
 
 def start(script: str, flags: list[str], log: Path) -> multiprocessing.Process:
@@ -57,8 +57,8 @@ def start(script: str, flags: list[str], log: Path) -> multiprocessing.Process:
 
 def result(folder: Path) -> dict:
     record = json.loads((folder / "seed0.json").read_text())
-    weights = engine.read_checkpoint(folder / "seed0.pt")["model"]
-    assert record["weights_sha256"] == engine.read_checkpoint(folder / "seed0.pt")["record"]["weights_sha256"]
+    weights = files.read_checkpoint(folder / "seed0.pt")["model"]
+    assert record["weights_sha256"] == files.read_checkpoint(folder / "seed0.pt")["record"]["weights_sha256"]
     return {"weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
             **{key: record[key] for key in ("weights_sha256", "curve", "metrics")}}
 
@@ -120,7 +120,7 @@ def main() -> None:
     record = {"seed": args.seed, **found, "environment": engine.environment(torch.device("cpu"), torch.float32)}
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    engine.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+    files.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     print(f"{args.rounds} rounds, {sum(found['kills'].values())} kills ({found['kills']}), "
           f"{found['mismatches']} mismatches; {platform.platform()}; record {path}")
     sys.exit(found["mismatches"] > 0)

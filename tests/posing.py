@@ -29,8 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
-import engine
+from lab import batches, engine
 
 NAME = "a CPU that poses as a GPU"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -310,8 +309,8 @@ def posing() -> Iterator[Gpu]:
     with contextlib.ExitStack() as stack:
         for part in (*driver(gpu), Operations(gpu), Calls(gpu)):
             stack.enter_context(part)
-        data.per_channel.cache_clear()  # it holds tensors of another device of the same name
-        stack.callback(data.per_channel.cache_clear)
+        batches.per_channel.cache_clear()  # it holds tensors of another device of the same name
+        stack.callback(batches.per_channel.cache_clear)
         yield gpu
 
 
@@ -335,13 +334,13 @@ def waits_refused() -> Iterator[RealGpu]:
                 torch.cuda.set_sync_debug_mode(before)
         return call
 
-    def batches(*args: object, real: Callable = data.shuffled_batches) -> Iterator:
+    def shuffled(*args: object, real: Callable = batches.shuffled) -> Iterator:
         steps = real(*args)
         yield under("default", next)(steps)  # the order is copied, once an epoch
         yield from steps
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(data, "shuffled_batches", batches))
+        stack.enter_context(mock.patch.object(batches, "shuffled", shuffled))
         modes = [(engine, "fit_epoch", "error"), (engine, "checked", "default"),
                  (engine.Run, "save", "default"), (engine.Run, "begin_epoch", "default")]
         for owner, name, mode in modes:

@@ -17,11 +17,11 @@ from conftest import make_tiny_root
 from PIL import EpsImagePlugin, Image
 
 import data
-import engine
 import export
 import interpret
 import train_cls
 import train_seg
+from lab import cli
 
 SCRIPTS = {"train_cls": train_cls, "train_seg": train_seg, "interpret": interpret, "export": export}
 IMAGE, MASK = "train/eecs442_0002.jpg", "train/eecs442_0002.png"
@@ -29,7 +29,7 @@ IMAGE, MASK = "train/eecs442_0002.jpg", "train/eecs442_0002.png"
 
 def refused(capsys, script, *argv):
     """The one line that a script gives for its bad input."""
-    code = engine.guard(lambda: SCRIPTS[script].main([str(value) for value in argv]))
+    code = cli.guard(lambda: SCRIPTS[script].main([str(value) for value in argv]))
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if not line.startswith("NOTE")]
     assert code == 2 and len(errors) == 1 and errors[0].startswith("error: "), errors
@@ -345,7 +345,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     make_tiny_root(folder / "root")
     argv = ["--protocol", "smoke", "--width", "4", "--device", "cpu", "--data-root", str(folder / "root")]
-    assert engine.guard(lambda: train_seg.main([*argv, "--out", str(folder)])) == 0
+    assert cli.guard(lambda: train_seg.main([*argv, "--out", str(folder)])) == 0
     return folder / "seed0.pt", folder / "root"
 
 

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from conftest import make_tiny_root
 
 import data
-import engine
 import interpret
 import models
 import train_cls
 import train_seg
+from lab import batches, cli, engine
 
 SCRIPTS = {"table1": train_cls, "table2": train_seg}
 TINY = {"table1": ["--depth", "1", "--width", "4", "--batch", "4"],
@@ -44,7 +44,7 @@ def rows() -> list[str]:
 
 def drawn_split(images: int, generator: torch.Generator) -> data.Split:
     pixels = torch.randint(256, (images, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    return data.Split(pixels, torch.arange(images, dtype=torch.uint8) % 10, torch.arange(images))
+    return batches.Split(pixels, torch.arange(images, dtype=torch.uint8) % 10, torch.arange(images))
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_a_precision(train, row, precision):
 
 
 def stopping_after(steps):
-    """In place of `engine.any_signal`: SIGTERM arrives in the step with this number."""
+    """In place of `distributed.any_signal`: SIGTERM arrives in the step with this number."""
     signals = iter([0] * (steps - 1) + [signal.SIGTERM])
     return lambda stops: next(signals)
 
@@ -101,7 +101,7 @@ def stopping_after(steps):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_stopped_run_goes_on_on_the_device(train, monkeypatch, precision):
     flags = ["table2 --epochs 2 --dropout 0.2 --precision", precision]
-    with monkeypatch.context() as patch, pytest.raises(engine.Stopped):
+    with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
         patch.setattr(engine, "any_signal", stopping_after(2))
         train(*flags)
     record = json.loads((train(*flags) / "seed0.json").read_text())
@@ -113,8 +113,8 @@ def test_a_process_of_a_group(train, tmp_path, monkeypatch, row):
     """What torchrun starts, up to NCCL: DistributedDataParallel, and norms over all processes."""
     join = functools.partial(dist.init_process_group, NCCL or "gloo", rank=0, world_size=1,
                              init_method=f"file://{tmp_path}/group")
-    monkeypatch.setattr(torch.nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: pytest.fail(
-        "each of its layers waits for the device, where there are several"))
+    refuse = lambda model: pytest.fail("each of its layers waits for the device, in a larger group")
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "convert_sync_batchnorm", refuse)
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(dist, "init_process_group", lambda backend: join())
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -156,25 +156,25 @@ def test_measurements_and_pictures(train, facades, tmp_path):
 # where: what is written there, what is put in its place, the row that runs, and what is said of it
 FAULTS = {
     "the order stays on the host": (
-        "data.shuffled_batches", "=generator).to(split.images.device)\n", "=generator)\n",
-        "table1", "an index on the host in data.py"),
+        "lab.batches.shuffled", "=generator).to(split.images.device)\n", "=generator)\n",
+        "table1", "an index on the host in batches.py"),
     "the flips stay on the host": (
-        "data.shuffled_batches", "< 0.5).to(split.images.device)", "< 0.5)",
+        "lab.batches.shuffled", "< 0.5).to(split.images.device)", "< 0.5)",
         "table2", "indices should be either on cpu or on the same device"),
     "mean and deviation copied in each step": (
-        "data.per_channel", "@functools.cache", "@functools.lru_cache(0)",
-        "table1", "copy to the device in data.py"),
+        "lab.batches.per_channel", "@functools.cache", "@functools.lru_cache(0)",
+        "table1", "copy to the device in batches.py"),
     "the data stay on the host": (
-        "engine.Run.__init__", "self.data = dataset.to(self.device)", "self.data = dataset",
+        "lab.engine.Run.__init__", "self.data = dataset.to(self.device)", "self.data = dataset",
         "table2", "at least two devices"),
     "the loss is read in each step": (
-        "engine.fit_epoch", "total += loss.detach()", "total += loss.item()",
+        "lab.engine.fit_epoch", "total += loss.detach()", "total += loss.item()",
         "table1", "_local_scalar_dense in engine.py"),
     "the loss is summed on the host": (
-        "engine.fit_epoch", "total += loss.detach()", "total += loss.detach().cpu()",
+        "lab.engine.fit_epoch", "total += loss.detach()", "total += loss.detach().cpu()",
         "table2", "copy from the device in engine.py"),
     "a sum goes on on the host": (
-        "engine.Run.begin_epoch", 'within["total"].to(self.device)', 'within["total"]',
+        "lab.engine.Run.begin_epoch", 'within["total"].to(self.device)', 'within["total"]',
         "table2", "at least two devices"),
     "class weights on the host": (
         "models.class_weights", ".float()", ".float().cpu()",
@@ -213,7 +213,7 @@ def plant(monkeypatch, where, old, new):
 def test_a_planted_fault_is_seen(train, monkeypatch, fault):
     where, old, new, row, said = FAULTS[fault]
     if "begin_epoch" in where:
-        with monkeypatch.context() as patch, pytest.raises(engine.Stopped):
+        with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
             patch.setattr(engine, "any_signal", stopping_after(1))
             train(row)
     plant(monkeypatch, where, old, new)

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import data
-from data import BadInput, Dataset, Split
+from lab import batches, files
+from lab.batches import Dataset, Split
+from lab.files import BadInput
 
 
 def toy(n=10, size=4, classes=3):
@@ -92,22 +94,22 @@ def test_synthetic_facade_is_a_pure_function_with_realistic_imbalance():
 def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch():
     dataset = toy(10)
     seen = lambda seed, epoch: torch.cat([images[:, 0, 0, 1] for images, _ in
-                                          data.shuffled_batches(dataset, 5, seed, epoch, False)]).int().tolist()
+                                          batches.shuffled(dataset, 5, seed, epoch, False)]).int().tolist()
     assert sorted(seen(0, 0)) == list(range(10))
     assert seen(0, 0) == seen(0, 0)
     assert len({tuple(seen(*key)) for key in ((0, 0), (0, 1), (1, 0), (1, 1))}) == 4
 
 
 def test_the_incomplete_batch_is_left_out_and_a_small_split_is_one_batch():
-    shapes = lambda batch: [len(images) for images, _ in data.shuffled_batches(toy(10), batch, 0, 0, False)]
+    shapes = lambda batch: [len(images) for images, _ in batches.shuffled(toy(10), batch, 0, 0, False)]
     assert shapes(4) == [4, 4] and shapes(16) == [10]
-    assert [len(images) for images, _ in data.batches(toy(10), toy(10).test, 4)] == [4, 4, 2]
+    assert [len(images) for images, _ in batches.in_order(toy(10), toy(10).test, 4)] == [4, 4, 2]
 
 
 def test_a_flip_mirrors_image_and_mask_together_half_of_the_time():
     flipped = 0
     for epoch in range(20):
-        for images, targets in data.shuffled_batches(toy(10), 5, 0, epoch, True):
+        for images, targets in batches.shuffled(toy(10), 5, 0, epoch, True):
             left, right = images[:, 0, 0, 0] > 99, images[:, 0, 0, -1] > 99
             assert torch.equal(targets[:, 0, 0] == 1, left) and torch.equal(targets[:, 0, -1] == 1, right)
             flipped += right.sum().item()
@@ -143,7 +145,7 @@ def small_idx(monkeypatch):
     for file in data.IDX_FILES:
         n = 6 if "train" in file else 4
         files[file] = head(n, 28, 28) + bytes(n * 784) if "images" in file else head(n) + bytes(range(n))
-    monkeypatch.setitem(data.IDX_DIGESTS, "FashionMNIST", data.tree_digest(list(files.items())))
+    monkeypatch.setitem(data.IDX_DIGESTS, "FashionMNIST", files.tree_digest(list(files.items())))
     return files
 
 
@@ -227,7 +229,7 @@ def archive(path: Path, files: dict[str, bytes], link: tuple[str, str] | None = 
 
 
 FILES = {"mini_facade/train/a.jpg": b"image" * 500, "mini_facade/train/a.png": b"mask"}
-DIGEST = data.tree_digest([(name.removeprefix("mini_facade/"), content) for name, content in FILES.items()])
+DIGEST = files.tree_digest([(name.removeprefix("mini_facade/"), content) for name, content in FILES.items()])
 
 
 def test_the_tree_digest_is_what_sha256sum_prints():
@@ -319,7 +321,7 @@ def test_only_the_checked_files_are_read(fashion_root, tmp_path):
 
 def garments_and_digits(n=4000):
     generator = torch.Generator().manual_seed(0)
-    make = lambda low: data.Split(torch.randint(low, low + 100, (n, 1, 4, 4), generator=generator, dtype=torch.uint8),
+    make = lambda low: batches.Split(torch.randint(low, low + 100, (n, 1, 4, 4), generator=generator, dtype=torch.uint8),
                                   torch.randint(0, 10, (n,), generator=generator, dtype=torch.uint8), torch.arange(n))
     return make(0), make(100)  # pixel values tell a garment from a digit
 

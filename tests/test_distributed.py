@@ -21,21 +21,21 @@ import importlib, itertools, os, sys
 import torch
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
-import data, engine
-normalise, batches = data.normalise, data.shuffled_batches
-data.normalise = lambda *args: normalise(*args).double()
+from lab import batches, cli, distributed
+normalise, shuffled = batches.normalise, batches.shuffled
+batches.normalise = lambda *args: normalise(*args).double()
 if "HIT" in os.environ:
     process, at, number = map(int, os.environ["HIT"].split())
     count = itertools.count()
     def hit(*args):
-        for batch in batches(*args):
-            if (engine.rank(), next(count)) == (process, at):
+        for batch in shuffled(*args):
+            if (distributed.rank(), next(count)) == (process, at):
                 os.kill(os.getpid(), number)
             yield batch
-    data.shuffled_batches = hit
+    batches.shuffled = hit
 name = sys.argv[1]
 sys.argv[0] = f"{name}.py"
-sys.exit(engine.guard(lambda: importlib.import_module(name).main(sys.argv[2:])))
+sys.exit(cli.guard(lambda: importlib.import_module(name).main(sys.argv[2:])))
 """
 SEG = ["train_seg", "--protocol", "smoke", "--hourglasses", "1", "--width", "4", "--batch", "4"]
 CLS = ["train_cls", "--protocol", "smoke", "--width", "4", "--batch", "64", "--train-images", "512"]

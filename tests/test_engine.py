@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine
+import data
 import models
 import train_seg
+from lab import batches, cli, engine, files
 
 REPO = Path(__file__).parents[1]
 TINY = ["--protocol", "smoke", "--size", "32", "--width", "4", "--batch", "2", "--device", "cpu"]
@@ -28,7 +29,7 @@ TINY = ["--protocol", "smoke", "--size", "32", "--width", "4", "--batch", "2", "
 
 def run_seg(root, out, *flags):
     """Train in this process; the script's exit code."""
-    return engine.guard(lambda: train_seg.main([*TINY, "--data-root", str(root), "--out", str(out), *flags]))
+    return cli.guard(lambda: train_seg.main([*TINY, "--data-root", str(root), "--out", str(out), *flags]))
 
 
 def result(out):
@@ -248,7 +249,7 @@ def test_a_damaged_record_is_refused(tiny_root, tmp_path, capsys, content):
 def test_weights_of_another_version_of_the_model_are_refused(tiny_root, tmp_path, capsys, monkeypatch):
     run_seg(tiny_root, tmp_path)
     (tmp_path / "seed0.json").unlink()
-    monkeypatch.setattr(models, "build", lambda settings: models.HourGlass(1, 4))
+    monkeypatch.setattr(models, "build", lambda *_: models.HourGlass(1, 4))
     assert run_seg(tiny_root, tmp_path) == 2
     assert "another version of this model" in one_error(capsys)
 
@@ -302,7 +303,7 @@ def test_links_in_the_run_folder_are_not_followed(tiny_root, tmp_path, capsys):
     victim, record = tmp_path / "victim", tmp_path / "seed0.json"
     victim.write_text("precious")
     (tmp_path / f".seed0.json.{os.getpid()}.tmp").symlink_to(victim)
-    engine.write_atomic(record, b"{}")
+    files.write_atomic(record, b"{}")
     assert record.read_bytes() == b"{}" and not record.is_symlink() and victim.read_text() == "precious"
     record.unlink()
     (tmp_path / ".seed0.lock").symlink_to(tmp_path / "new")
@@ -328,17 +329,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(tiny
     monkeypatch.setattr(models, "cross_entropy", diverging)
     assert run_seg(tiny_root, tmp_path) == 1
     assert "the loss is nan in epoch 2: training diverged; lower --lr" in one_error(capsys)
-    state = engine.read_checkpoint(tmp_path / "seed0.pt")
+    state = files.read_checkpoint(tmp_path / "seed0.pt")
     assert state["epoch"] == 1 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
 def test_out_of_memory_names_the_flags_to_lower(capsys):
     def hungry():
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert engine.guard(hungry) == 2 and "lower --batch first, then --size or --width" in one_error(capsys)
-    assert engine.guard(lambda: torch.empty(2**60)) == 2
+    assert cli.guard(hungry) == 2 and "lower --batch first, then --size or --width" in one_error(capsys)
+    assert cli.guard(lambda: torch.empty(2**60)) == 2
     with pytest.raises(RuntimeError, match="a bug"):  # what is not the user's to mend keeps its traceback
-        engine.guard(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+        cli.guard(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_the_learning_rate():
@@ -359,10 +360,10 @@ def test_it_learns_and_adam_equals_the_plain_loop(tiny_root, tmp_path):
     torch.manual_seed(0)
     model = models.HourGlass(2, 4, dropout=0.0).train()
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
-    dataset = engine.data.load_facades(tiny_root, size=32)
+    dataset = data.load_facades(tiny_root, size=32)
     losses = []
     for epoch in range(2):
-        for step, (x, y) in enumerate(engine.data.shuffled_batches(dataset, 2, 0, epoch, True)):
+        for step, (x, y) in enumerate(batches.shuffled(dataset, 2, 0, epoch, True)):
             optimizer.param_groups[0]["lr"] = cfg.lr * (1 + math.cos(math.pi * (3 * epoch + step) / 6)) / 2
             loss = torch.nn.functional.cross_entropy(model(x), y.long())
             optimizer.zero_grad()
@@ -398,5 +399,5 @@ def test_a_record_traces_the_run(tiny_root, tmp_path):
     assert record["environment"]["torch"] == str(torch.__version__) and record["environment"]["source_sha256"]
     assert set(record["metrics"]) == {"train", "test"} and record["class_pixels"] and len(record["class_weights"]) == 5
     assert record["parameters"] == sum(p.numel() for p in models.HourGlass(2, 4).parameters())
-    model, same = engine.load_trained(tmp_path / "seed0.pt", torch.device("cpu"))
-    assert same == record and models.weights_digest(model) == record["weights_sha256"]
+    model, same = engine.load_trained(tmp_path / "seed0.pt", torch.device("cpu"), models.build)
+    assert same == record and engine.weights_digest(model) == record["weights_sha256"]

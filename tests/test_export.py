@@ -17,9 +17,8 @@ import pytest
 import torch
 
 import data
-import engine
 import models
-from lab import forms
+from lab import cli, engine, forms
 from lab.forms import FORMS
 
 FILES = {name: form.file for name, form in FORMS.items()}
@@ -45,7 +44,7 @@ def test_every_form_is_there_and_passed(seg):
             assert form["max_difference"] <= 1e-4 and abs(form["map"] - exact["map"]) < 1e-4
     assert report["images"] == 3 and report["size"] == 32 and report["failed"] == {}
     assert report["forms"]["ONNX int8"]["layers_in_float"] == report["forms"]["TorchScript int8"]["layers_in_float"] == []
-    assert report["instructions"][0] == torch.backends.cpu.get_cpu_capability()
+    assert report["environment"]["instructions"][0] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_a_classifier_too(cls):
@@ -57,7 +56,7 @@ def test_a_classifier_too(cls):
 @pytest.mark.parametrize("name", [*FILES.values()])
 def test_any_batch_size_and_layout(seg, name):
     """The export saw two square images; batch 1, other sizes and channels_last must give the same as eager."""
-    model, record = engine.load_trained(seg / "seed0.pt", torch.device("cpu"))
+    model, record = engine.load_trained(seg / "seed0.pt", torch.device("cpu"), models.build)
     eager = models.Deployed(model, record["about_data"]["mean"], record["about_data"]["std"])
     form = forms.open_form(seg / "seed0" / name)
     with torch.inference_mode():
@@ -267,7 +266,7 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_inference, "measure_apart", measure)
     argv = ["--checkpoint", seg / "seed0.pt", "--data-root", seg / "root", "--size", "32", "--rounds", "1", "--seconds",
             "0.01", "--threads", "1", "--device", "cpu", "--record", tmp_path / "bench/inference.json"]
-    assert engine.guard(lambda: bench_inference.main([*map(str, argv)])) == 0
+    assert cli.guard(lambda: bench_inference.main([*map(str, argv)])) == 0
     record = json.loads((tmp_path / "bench/inference.json").read_text())
     assert [row["name"] for row in record["results"]] == [*rows]
     for row in record["results"]:
@@ -286,5 +285,5 @@ def test_bench_refusals(seg, tmp_path, capsys):
     for flags, message in ((["--checkpoint", seg / "seed0.pt", "--models", tmp_path], "parity.json is missing: run"),
                            ([], "--checkpoint is missing"), (["--checkpoint", "x", "--size", "0"], "--size 0: must be"),
                            (["--checkpoint", "x", "--only", "caffe"], "--only caffe: must be one of eager,")):
-        assert engine.guard(lambda: bench_inference.main([*map(str, flags)])) == 2
+        assert cli.guard(lambda: bench_inference.main([*map(str, flags)])) == 2
         assert message in capsys.readouterr().err

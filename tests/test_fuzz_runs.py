@@ -16,12 +16,12 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import average_precision_score, confusion_matrix, jaccard_score
 from test_fuzz import bounded, changed, mutated, outcome, scratch
 
-import engine
 import metrics
 import study
 import train_cls
 import train_seg
-from data import BadInput
+from lab import cli, files
+from lab.files import BadInput
 from lab.records import load_arrays
 
 # ---- checkpoints and records ----
@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_read_exactly_or_refused(content):
     with scratch() as folder:
         path = Path(folder, "seed0.pt")
         path.write_bytes(content)
-        found = outcome(path, engine.read_checkpoint, path)
+        found = outcome(path, files.read_checkpoint, path)
         assert isinstance(found, BadInput) or plain(found) == plain(STATE)
         assert isinstance(found, dict) or content != saved_state()
 
@@ -75,7 +75,7 @@ def test_a_record_is_read_exactly_or_refused(content):
         path = Path(folder, "table1/row/seed0.json")
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
-        found = outcome(path, engine.read_record, path)
+        found = outcome(path, files.read_record, path)
         if isinstance(found, dict):
             assert repr(found) == repr({**found, **json.loads(content)}) and found.keys() >= RECORD.keys()
             assert isinstance(found["config"], dict) and isinstance(found["metrics"], dict)
@@ -138,7 +138,7 @@ def flags_of(cfg):
 @bounded
 @given(st.sampled_from(list(SCRIPTS)), argvs)
 def test_flags_give_a_config_that_its_own_flags_give_again_or_are_refused(script, argv):
-    parse = lambda argv: engine.parse(script.Config, script.__doc__, argv, SCRIPTS[script])
+    parse = lambda argv: cli.parse(script.Config, script.__doc__, argv, SCRIPTS[script])
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             cfg = outcome("", parse, argv)

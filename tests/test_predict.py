@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import interpret
 import numpy as np
 import onnx
 import pictures
@@ -17,9 +16,9 @@ from conftest import make_tiny_root
 from PIL import Image
 
 import data
-import engine
+import interpret
 import metrics
-from lab import forms
+from lab import cli, forms
 from lab.files import colours, mask_to, read_image, to_size
 
 REPO = Path(__file__).parents[1]
@@ -98,7 +97,7 @@ def test_every_tool_sees_the_same_class(cls, runner, tmp_path, capsys):
     lines = predict("--model", cls / "seed0/model.onnx", *paths).stdout.splitlines()
     assert len(lines) == 4 and cpp(runner, cls / "seed0/model.ts.pt", *paths) == lines
     argv = ["--checkpoint", cls / "seed0.pt", "--image", *paths, "--figure", tmp_path / "own.png", "--device", "cpu"]
-    assert engine.guard(lambda: interpret.main([*map(str, argv)])) == 0
+    assert cli.guard(lambda: interpret.main([*map(str, argv)])) == 0
     said = capsys.readouterr().out.splitlines()
     answers = [re.fullmatch(r"(.*: \w[\w-]+) ([\d.]+) %", line).groups() for line in lines]
     assert [name.split()[-1] for name, _ in answers[:2]] == ["Boot", "Boot"]

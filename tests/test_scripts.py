@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import engine
 import models
 import train_cls
 import train_seg
+from lab import cli, engine
 
 REPO = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def test_train_seg_dry_run(tiny_root, tmp_path, monkeypatch, capsys, flags):
     if "dev" in flags:
         argv[-1] = str(tmp_path / "empty")  # the synthetic set: the tiny one has too few photos
         (tmp_path / "empty").mkdir()
-    assert engine.guard(lambda: train_seg.main(argv)) == 0
+    assert cli.guard(lambda: train_seg.main(argv)) == 0
     assert capsys.readouterr().out.rstrip().endswith("dry run passed")
     assert not (tmp_path / "runs").exists()
 
@@ -37,7 +37,7 @@ def test_train_seg_dry_run(tiny_root, tmp_path, monkeypatch, capsys, flags):
 def test_train_cls_dry_run(fashion_root, tmp_path, monkeypatch, capsys, flags):
     argv = [*flags.split(), "--width", "32", "--batch", "8", "--dry-run", "--data-root", str(fashion_root.resolve())]
     monkeypatch.chdir(tmp_path)
-    assert engine.guard(lambda: train_cls.main(argv)) == 0
+    assert cli.guard(lambda: train_cls.main(argv)) == 0
     assert capsys.readouterr().out.rstrip().endswith("dry run passed")
     assert not (tmp_path / "runs").exists()
 
@@ -58,7 +58,7 @@ def test_exit_code_2_without_a_traceback(script):
 
 
 def test_the_default_place_names_what_was_changed(tmp_path, monkeypatch):
-    parse = lambda *argv: engine.parse(train_seg.Config, "", list(argv), train_seg.PROTOCOLS).out
+    parse = lambda *argv: cli.parse(train_seg.Config, "", list(argv), train_seg.PROTOCOLS).out
     monkeypatch.setattr(sys, "argv", ["train_seg.py"])
     assert parse() == "runs/train_seg/report/base"
     assert parse("--width", "32", "--seed", "3", "--device", "cpu") == "runs/train_seg/report/base"
@@ -68,7 +68,7 @@ def test_the_default_place_names_what_was_changed(tmp_path, monkeypatch):
 
 
 def test_a_flag_wins_over_the_protocol_and_the_protocol_over_the_default():
-    parse = lambda *argv: engine.parse(train_seg.Config, "", list(argv), train_seg.PROTOCOLS)
+    parse = lambda *argv: cli.parse(train_seg.Config, "", list(argv), train_seg.PROTOCOLS)
     assert parse().size == 256
     assert parse("--protocol", "smoke").size == 32
     assert parse("--size", "64", "--protocol", "smoke").size == 64

@@ -9,13 +9,13 @@ import signal
 import pytest
 from test_engine import one_error, run_seg
 
-import engine
+from lab import cli, engine
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
 def test_a_signal_to_a_tool_without_a_checkpoint_speaks_of_none(capsys, name, code):
     before = signal.getsignal(signal.SIGTERM)
-    assert engine.guard(lambda: os.kill(os.getpid(), getattr(signal, name))) == code
+    assert cli.guard(lambda: os.kill(os.getpid(), getattr(signal, name))) == code
     assert one_error(capsys) == f"error: stopped by {name}"
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import data
-import engine
 import export
 import figures
 import interpret
-import metrics
+import models
+import study
 import train_seg
+from lab import cli, engine
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def trained(tmp_path_factory):
     for seed in ("0", "1"):
         argv_of = [*argv, "--seed", seed, "--data-root", str(folder / "empty")]
         out = folder / "results/smoke/table2/standard"
-        assert engine.guard(lambda: train_seg.main([*argv_of, "--out", str(out)])) == 0
+        assert cli.guard(lambda: train_seg.main([*argv_of, "--out", str(out)])) == 0
     yield out
     patch.undo()
 
@@ -37,7 +38,7 @@ def trained(tmp_path_factory):
 def test_scores(trained, capsys):
     argv = ["--protocol", "smoke", "--width", "4", "--batch", "2", "--device", "cpu"]
     argv += ["--data-root", str(trained.parents[3] / "empty"), "--out", str(trained)]
-    assert engine.guard(lambda: train_seg.main(argv)) == 0  # complete: it shows the record
+    assert cli.guard(lambda: train_seg.main(argv)) == 0  # complete: it shows the record
     told = [line for line in capsys.readouterr().out.splitlines() if ": MAP" in line]
     assert len(told) == 2
     assert all(line.endswith("(6 images of SYNTHETIC facades)") for line in told)
@@ -46,12 +47,12 @@ def test_scores(trained, capsys):
 def test_tables_and_verdicts(trained):
     results = trained.parents[2]
     for what in ("table2", "claims"):
-        metrics.main([what, "--protocol", "smoke", "--results", str(results)])
+        study.main([what, "--protocol", "smoke", "--results", str(results)])
         text = (results / f"smoke/{what}.md").read_text()
         assert text.endswith("SYNTHETIC data: drawn, not photographed.\n")
     record = json.loads((trained / "seed0.json").read_text())
     record["about_data"]["synthetic"] = False
-    assert "SYNTHETIC" not in metrics.render({"standard": {0: record}}, "table2", 1)
+    assert "SYNTHETIC" not in study.render({"standard": {0: record}}, "table2", 1)
 
 
 def test_figures(trained, monkeypatch):
@@ -63,7 +64,7 @@ def test_figures(trained, monkeypatch):
     figures.Image.fromarray(data.synthetic_facade(0, 32)[0]).save(photo)
     for flags in (argv, [*argv, "--image", str(photo), "--figure", "own.png"],
                   ["--study", "smoke", "--results", str(trained.parents[2])]):
-        assert engine.guard(lambda: interpret.main(flags)) == 0
+        assert cli.guard(lambda: interpret.main(flags)) == 0
     del saved["hourglass.png"]  # a network, of no data
     assert set(saved) == {"predictions.png", "own.png", "table2.png", "table2-curves.png",
                           "imbalance.png"}
@@ -73,6 +74,6 @@ def test_figures(trained, monkeypatch):
 
 
 def test_exported_forms(trained, capsys):
-    model, record = engine.load_trained(trained / "seed0.pt", torch.device("cpu"))
+    model, record = engine.load_trained(trained / "seed0.pt", torch.device("cpu"), models.build)
     assert "NOTE" in (told := capsys.readouterr().err) and told.endswith("on SYNTHETIC facades\n")
     assert export.describe(model, record)["data"] == "SYNTHETIC facades"

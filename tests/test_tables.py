@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engine
 import metrics
 import study
+from lab import cli
 
 REPO = Path(__file__).parents[1]
 BASE = dict(protocol="small", split="full", epochs=2, batch=128, lr=1e-3, weight_decay=1e-4, warmup=0.0,
@@ -94,7 +94,7 @@ def test_a_setting_that_older_records_lack_refuses_no_table(tmp_path):
 
 
 def test_an_unknown_protocol_is_refused(tmp_path, capsys):
-    assert engine.guard(lambda: study.main(["table1", "--protocol", "typo"])) == 2
+    assert cli.guard(lambda: study.main(["table1", "--protocol", "typo"])) == 2
     assert "invalid choice: 'typo'" in capsys.readouterr().err
 
 
@@ -181,7 +181,7 @@ def test_a_stranger_adds_a_row_by_one_line(make, tmp_path):
 def test_an_unknown_protocol_is_refused_before_anything_runs(make, tmp_path, typed):
     done = make("table1", f"PROTOCOL={typed}")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    known = typing.get_args(engine.Protocol)
+    known = typing.get_args(study.Protocol)
     assert f"PROTOCOL={typed} must be one of: {' '.join(known)}" in done.stderr
     assert not (tmp_path / "results").exists()
 

@@ -2,8 +2,8 @@
 
 A script declares its settings as a frozen dataclass on top of `Settings`, and then
 
-    cfg = engine.parse(Config, __doc__, argv, PROTOCOLS)
-    run = engine.Run(cfg, dataset)              # resumes, or refuses what it does not match
+    cfg = cli.parse(Config, __doc__, argv, PROTOCOLS)
+    run = engine.Run(cfg, dataset, build)       # resumes, or refuses what it does not match
     engine.fit(run, loss)
     run.finish(*run.evaluate(score, detail))    # writes OUT/seed<k>.json
 
@@ -12,68 +12,49 @@ run goes on from its last epoch and ends, on the CPU, with the same bits. One th
 SIGTERM, SIGUSR1) saves the step it is at. Under torchrun, its processes share each step's batch.
 """
 
-import argparse
-import contextlib
-import ctypes
+import copy
 import dataclasses
 import fcntl
+import hashlib
 import io
 import json
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import typing
 import weakref
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import models
-from data import Dataset, Split
-from lab.files import BadInput, write_atomic
+from lab import batches
+from lab.batches import Dataset, Split
+from lab.cli import STOPPING, Stopped, flag, handling, local
+from lab.devices import cpu_lines, instruction_sets, keep_freed_memory, pick_dtype
+from lab.distributed import Replica, any_signal, from_first, join_group, leave_group, rank, ranks, share
+from lab.files import BadInput, jsonable, read_checkpoint, read_record, tree_digest, write_atomic
 from lab.progress import Progress, progress
 
-SOURCE = Path(__file__).parent
-
-
-# ---- settings and the command line ----
-
-def flag(default: object, help: str, place: bool = False) -> typing.Any:
-    """A setting: its default and what `-h` says of it.
-
-    `place` marks where and how a run is made, but not what it computes: it may differ between two
-    halves of one run, and no record holds it.
-    """
-    return field(default=default, metadata={"help": help, "place": place})
-
-
-def places(config: object) -> set[str]:
-    return {setting.name for setting in dataclasses.fields(config) if setting.metadata["place"]}
-
-
-Protocol = typing.Literal["report", "desk", "small", "smoke"]
+SOURCE = Path(__file__).parents[1]
+Build = Callable[[dict, int, int], nn.Module]  # (settings, channels, classes) -> the network
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every training script can be told. A script's own Config adds its model and its data."""
-    protocol: Protocol = flag("report", "set of defaults, see below")
+    protocol: str = flag("report", "set of defaults, see below")
     split: typing.Literal["full", "dev"] = flag("full", "full: test once at the end; dev: hold out training data")
     seed: int = flag(0, "initial weights, order and augmentation")
     epochs: int = flag(1, "passes over the training split")
@@ -84,10 +65,10 @@ class Settings:
     precision: typing.Literal["auto", "bf16", "fp16", "fp32"] = flag("auto", "auto: bf16 where the device has it")
     deterministic: bool = flag(False, "CUDA: the same bits from every run, at some cost; a CPU does so anyway")
     compile: bool = flag(False, "torch.compile the network: for GPUs, on a CPU it may slow the steps")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", place=True)
-    data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)", place=True)
-    out: str | None = flag(None, "folder of seed<k>.json, seed<k>.pt (default: runs/ and what was changed)", place=True)
-    dry_run: bool = flag(False, "one step of everything on one batch; leaves no file", place=True)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", local=True)
+    data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)", local=True)
+    out: str | None = flag(None, "folder of seed<k>.json, seed<k>.pt (default: runs/ and what was changed)", local=True)
+    dry_run: bool = flag(False, "one step of everything on one batch; leaves no file", local=True)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
@@ -103,305 +84,9 @@ class Settings:
             raise BadInput(f"--seed {self.seed}: must be in [0, 2^31)")
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for a wrong flag, where argparse prints the whole usage too."""
+# ---- what made a run, and what it made ----
 
-    def error(self, message: str) -> typing.NoReturn:
-        raise BadInput(f"{message}; see {self.prog} -h")
-
-
-def parse(config: type, doc: str, argv: list[str] | None = None,
-          protocols: dict[str, dict] | None = None) -> typing.Any:
-    """Command line -> config: its defaults, over them the chosen protocol's, over them the flags given."""
-    parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = {setting.name for setting in dataclasses.fields(Settings)}
-    for setting in sorted(dataclasses.fields(config), key=lambda setting: setting.name in shared):
-        options = {"help": setting.metadata["help"] + ("" if setting.default is None else f" ({setting.default})")}
-        if setting.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(setting.type) is typing.Literal:
-            options["choices"] = typing.get_args(setting.type)
-        elif tuple[str, ...] in typing.get_args(setting.type):
-            options |= {"nargs": "+", "metavar": "FILE"}
-        else:
-            options["type"] = setting.type if setting.type in (int, float) else str
-            options["metavar"] = options["type"].__name__.upper()
-        parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)
-    if protocols is None:
-        return config(**vars(parser.parse_args(argv)))
-    parser.epilog = "protocols:\n" + "\n".join(
-        f"  {name:<8}" + ("  ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items()) or
-                          "the defaults above") for name, values in protocols.items())
-    given = vars(parser.parse_args(argv))
-    protocol = given.get("protocol", "report")
-    base = config(**{**protocols[protocol], "protocol": protocol})
-    changed = [f"{name}={value}" for name, value in given.items()
-               if name not in places(base) | {"seed"} and value != getattr(base, name)]
-    out = Path("runs", parser.prog.removesuffix(".py"), protocol, ",".join(changed) or "base")
-    return dataclasses.replace(base, **{"out": str(out), **given})
-
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, kill, and what schedulers send before they preempt
-
-
-class Stopped(BaseException):
-    """A signal told the process to stop: the conventional exit code is 128 + signal.
-
-    `where` is what the same command goes on from, if what was reached is saved.
-    """
-
-    def __init__(self, number: int, where: str | None = None):
-        super().__init__(f"stopped by {signal.Signals(number).name}"
-                         + (f"; the same command goes on from {where}" if where else ""))
-        self.code = 128 + number
-
-
-def guard(main: Callable[[], None]) -> int:
-    """Run a script's main; what is the user's to mend becomes one line and an exit code, 2 for bad input."""
-    try:
-        with handling(STOPPING, raise_stopped):
-            main()
-        return 0
-    except Stopped as stopped:
-        message, code = str(stopped), stopped.code
-    except BadInput as error:
-        message, code = str(error), 2
-    except OSError as error:
-        message, code = f"{error.filename or 'file'}: {error.strerror or error}", 2
-    except FloatingPointError as error:
-        message, code = str(error), 1
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            message, code = "out of memory: lower --batch first, then --size or --width", 2
-        elif dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-            message, code = "another process of the group has ended; run the same command to go on", 1
-        else:
-            raise
-    print(f"error: {f'process {rank()}: ' if ranks() > 1 else ''}{' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
-def raise_stopped(number: int, frame: object) -> typing.NoReturn:
-    raise Stopped(number)
-
-
-@contextlib.contextmanager
-def handling(signals: tuple[int, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handle the signals inside the block; outside the main thread, where Python allows it not, do nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# ---- device and precision ----
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where it works, else the CPU. BadInput for a device that this machine lacks.
-
-    From here on float32 is float32: cuDNN's default, TF32, keeps 10 bits of 23.
-    """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from error
-
-
-def keep_freed_memory() -> None:
-    """Stop glibc from returning every large tensor's pages to the system, only to fault them in again next step."""
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: the largest block that comes from the heap, 1 GiB
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: the free heap that is kept
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that convolutions run in under autocast; "auto" is bfloat16 where it is native."""
-    if precision == "auto":
-        # without native bfloat16 a CPU emulates it, slower than float32
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if native else "fp32"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-
-
-# ---- one run in several processes: torchrun ----
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_group(name: str) -> torch.device:
-    """The device of this process, see `pick_device`; under torchrun it has joined the others.
-
-    The first process alone speaks and writes.
-    """
-    if not dist.is_torchelastic_launched():
-        return pick_device(name)
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def leave_group() -> None:
-    """After training: the first process goes on alone, the others are done."""
-    if dist.is_initialized():
-        done = rank() > 0
-        dist.destroy_process_group()
-        if done:
-            sys.exit(0)
-
-
-def from_first(state: typing.Any) -> typing.Any:
-    """The first process's state in every process, sent as a checkpoint is stored: no peer can run code by it."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    size = torch.tensor(buffer.tell())
-    dist.broadcast(size, 0)
-    content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8) if rank() == 0 else (
-        torch.empty(int(size), dtype=torch.uint8))
-    dist.broadcast(content, 0)
-    return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
-
-
-def any_signal(stops: list[int]) -> int:
-    """The signal that this process, or any of the group, was sent so far, else 0: all leave at the same step."""
-    own = stops[0] if stops else 0
-    if not dist.is_initialized():
-        return own
-    number = torch.tensor(own)
-    dist.all_reduce(number, dist.ReduceOp.MAX)  # among the CPUs: no step waits for the device
-    return int(number)
-
-
-def share(batch: Tensor) -> Tensor:
-    """This process's part of a batch that all hold."""
-    return batch.chunk(ranks())[rank()]
-
-
-class SyncedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batch of all processes.
-
-    nn.SyncBatchNorm does not run on a CPU, and on a GPU each of its layers waits for the device.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        values = x.float()
-        mean = AllMean.apply(values.mean((0, 2, 3)))
-        centred = values - mean.view(-1, 1, 1)
-        var = AllMean.apply(centred.square().mean((0, 2, 3)))
-        count = ranks() * x.numel() / x.shape[1]
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
-
-
-class AllMean(torch.autograd.Function):
-    """The mean of a tensor over all processes; so is its gradient, as each has a part in every process's mean."""
-
-    @staticmethod
-    def forward(ctx: typing.Any, value: Tensor) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value)
-        return value / ranks()
-
-    backward = staticmethod(lambda ctx, gradient: AllMean.forward(ctx, gradient))
-
-
-class SharedDropout(nn.Dropout):
-    """Dropout that draws for the whole batch and drops in this process's part: what one process would drop."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        return x * share(F.dropout(torch.cat([torch.ones_like(x)] * ranks()), self.p))
-
-
-class Replica(nn.Module):
-    """A model whose step is shared: the forward pass of a part of the batch here, and the logits of all of it.
-
-    Every process computes the loss of the whole batch, so a loss that divides by something of the
-    batch (class weights, Dice) is what it is in one process. A process differentiates its own part;
-    DistributedDataParallel averages the parts' gradients, which `ranks()` turns into their sum.
-    """
-
-    def __init__(self, model: nn.Module, step_forward: Callable):
-        super().__init__()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.__class__ = SharedDropout
-            elif isinstance(module, nn.BatchNorm2d):
-                module.__class__ = SyncedBatchNorm
-        self.model = model
-        self.step_forward = step_forward
-
-    def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        logits = self.step_forward(self.model, images, dtype)
-        logits.register_hook(lambda gradient: gradient * ranks())
-        everyone = [torch.empty_like(logits, memory_format=torch.contiguous_format) for _ in range(ranks())]
-        dist.all_gather(everyone, logits.detach().contiguous())
-        everyone[rank()] = logits
-        return torch.cat(everyone)
-
-
-# ---- one run: its files, its resume, its record ----
-
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of this project, unpickled without running code. BadInput if it is anything else."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
-            for entry in archive.infolist():
-                # torch.save never compresses, and a small file could unpack to any size; a file with the attribute
-                # of a folder is empty to torch.load: its tensor would be whatever lay in memory
-                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & 16:
-                    raise zipfile.BadZipFile("compressed, or a folder")
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile("checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("identity", "epoch", "model", *state)}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch, zipfile and pickle each raise their own for a damaged file
-        raise BadInput(f"{path} is no checkpoint of this project, or damaged ({type(error).__name__}); delete or "
-                       f"replace it") from error
-
-
-def read_record(path: Path) -> dict:
-    """A run record. BadInput if the file is anything else."""
-    try:
-        record = json.loads(path.read_text())
-        if not isinstance(record["config"], dict) or not isinstance(record["metrics"], dict):
-            raise TypeError("config and metrics must be objects")
-        return {name: record[name] for name in ("config", "data", "metrics", *record)}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); delete it") from error
-
-
-def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
+def load_trained(path: Path, device: torch.device, build: Build) -> tuple[nn.Module, dict]:
     """A finished run's model, in evaluation mode on the device, and its record. BadInput if unfinished."""
     state = read_checkpoint(path)
     if "record" not in state:
@@ -411,7 +96,7 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
         if type(config["seed"]) is not int or config["seed"] < 0:  # it becomes part of file names
             raise ValueError("seed")
         with torch.device("meta"):  # takes no memory, whatever width the file names
-            model = models.build(config, len(about["mean"]), len(about["classes"]))
+            model = build(config, len(about["mean"]), len(about["classes"]))
         model.load_state_dict(state["model"], assign=True)
         if about.get("synthetic"):
             print(f"NOTE: {path} was trained on {about['name']}", file=sys.stderr)
@@ -419,18 +104,6 @@ def load_trained(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
         raise BadInput(f"{path}: its settings and its weights do not fit together ({type(error).__name__}); train the "
                        f"model again") from error
     return model.to(device, memory_format=torch.channels_last).eval(), state["record"]
-
-
-def cpu_lines() -> list[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-
-
-def instruction_sets() -> list[str]:
-    """Those of this CPU that decide which kernels run, and so which last bits come out; [] where Linux does not say."""
-    flags = next((line.split(":")[1].split() for line in cpu_lines() if line.startswith("flags")), [])
-    return [name for name in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-            if name in flags]
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict:
@@ -450,7 +123,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
         models_named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = f"{(models_named or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
     return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes),
-            "source_sha256": data.tree_digest([(path.relative_to(SOURCE).as_posix(), path.read_bytes())
+            "source_sha256": tree_digest([(path.relative_to(SOURCE).as_posix(), path.read_bytes())
                                                for path in (*SOURCE.glob("*.py"), *SOURCE.glob("lab/*.py"))]),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": torchvision.__version__, "platform": platform.platform(), "device": name,
@@ -458,14 +131,22 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
             "precision": str(dtype).removeprefix("torch.")}
 
 
-def jsonable(value: typing.Any) -> typing.Any:
-    """NaN has no place in JSON: it becomes null, at any depth."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over the names and bytes of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
+
+def multiply_adds(model: nn.Module, shape: torch.Size) -> int:
+    """Multiply-adds of one forward pass of one image (C, H, W), counted without computing it."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to("meta")(torch.empty(1, *shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+# ---- one run: its files, its resume, its record ----
 
 class Run:
     """One row, one seed: the model and the data on their device, and the run's files.
@@ -473,11 +154,12 @@ class Run:
     OUT/seed<k>.pt is the checkpoint, rewritten every epoch, and in the end the trained model with its
     record; seed<k>.prev.pt is the one before, in case the newest is damaged; seed<k>.npz holds results
     per image; seed<k>.json is the record, written last: where it exists, the run is complete, and
-    `record` holds it. BadInput if a file belongs to other settings, data or another model. `start`
-    holds weights to start from, instead of random ones.
+    `record` holds it. BadInput if a file belongs to other settings, data or another model. `build`
+    makes the network, see `Build`; `start` holds weights to start from, instead of random ones.
     """
 
-    def __init__(self, cfg: Settings, dataset: Dataset, start: dict[str, Tensor] | None = None):
+    def __init__(self, cfg: Settings, dataset: Dataset, build: Build,
+                 start: dict[str, Tensor] | None = None):
         self.device = join_group(cfg.device)
         if cfg.dry_run:
             self.scratch = tempfile.TemporaryDirectory()
@@ -498,13 +180,13 @@ class Run:
         self.environment = environment(self.device, self.dtype)  # now: the source may change while it runs
         self.data = dataset.to(self.device)
         torch.manual_seed(cfg.seed)
-        self.model = models.build(dataclasses.asdict(cfg), len(dataset.mean), len(dataset.classes))
+        self.model = build(dataclasses.asdict(cfg), len(dataset.mean), len(dataset.classes))
         self.model.to(self.device, memory_format=torch.channels_last)
         if start is not None:
             self.model.load_state_dict(start)
         self.optimizer = torch.optim.Adam(self.model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        config = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in places(cfg)}
+        config = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in local(cfg)}
         self.identity = {"script": Path(sys.argv[0]).name, "config": config, "data": dataset.digest}
         self.checkpoint = Path(cfg.out, f"seed{cfg.seed}.pt")
         self.previous = self.checkpoint.with_suffix(".prev.pt")
@@ -638,10 +320,10 @@ class Run:
         self.record = jsonable({
             **self.identity, "about_data": {**described, "train_images": len(images), "size": images.shape[-1]},
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "multiply_adds": models.multiply_adds(self.model, images.shape[1:]),
+            "multiply_adds": multiply_adds(self.model, images.shape[1:]),
             "environment": self.environment, "train_seconds": round(self.seconds, 2),
             "curve": {"loss": self.curve}, "metrics": metrics, **more,
-            "weights_sha256": models.weights_digest(self.model)})
+            "weights_sha256": weights_digest(self.model)})
         self.save(record=self.record)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
@@ -691,7 +373,7 @@ def fit(run: Run, loss_fn: Callable[[Tensor, Tensor], Tensor], flip: bool = Fals
 def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, stops: list[int]) -> None:
     """One epoch, or what is left of one. Stopped, after saving, once there is a signal in `stops`."""
     cfg, epoch = run.cfg, run.epoch
-    steps = data.steps_per_epoch(run.data.train, cfg.batch)
+    steps = batches.steps_per_epoch(run.data.train, cfg.batch)
     torch.backends.cudnn.benchmark = not cfg.deterministic  # every step has one shape; what is fastest may vary
     start = shown = time.perf_counter()
     run.model.train()
@@ -699,10 +381,10 @@ def fit_epoch(run: Run, step_forward: Callable, loss_fn: Callable, flip: bool, s
     bar = Progress(f"epoch {epoch + 1}/{cfg.epochs}",
                    (steps - first) * min(cfg.batch, len(run.data.train)), silent=rank() > 0)
     for step, (images, targets) in enumerate(
-            data.shuffled_batches(run.data, cfg.batch, cfg.seed, epoch, flip, first), first + 1):
+            batches.shuffled(run.data, cfg.batch, cfg.seed, epoch, flip, first), first + 1):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(cfg.lr, cfg.warmup, epoch * steps + step - 1, cfg.epochs * steps)
-        torch.manual_seed(data.mixed_seed(cfg.seed, epoch, step))  # for dropout
+        torch.manual_seed(batches.mixed_seed(cfg.seed, epoch, step))  # for dropout
         loss = loss_fn(step_forward(run.model, images, run.dtype), targets)
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
@@ -742,5 +424,5 @@ def checked(loss: Tensor, epoch: int) -> float:
 def predict(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype: torch.dtype) -> Tensor:
     """Logits of a whole split in order, in evaluation mode: float32 (N, classes, ...) on its device."""
     model.eval()
-    parts = progress(data.batches(dataset, split, batch), "evaluation", -(-len(split) // batch))
+    parts = progress(batches.in_order(dataset, split, batch), "evaluation", -(-len(split) // batch))
     return torch.cat([forward(model, images, dtype) for images, _ in parts])

@@ -1,0 +1,143 @@
+"""The command line of a script, made of a frozen dataclass; errors in one line; signals.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        epochs: int = flag(20, "passes over the training split")
+
+    cfg = parse(Config, __doc__, argv, PROTOCOLS)
+    sys.exit(guard(main))
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import signal
+import sys
+import threading
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lab.files import BadInput
+
+
+def flag(default: object, help: str, local: bool = False) -> typing.Any:
+    """A setting: its default and what `-h` says of it.
+
+    `local` marks where and how a run is made, but not what it computes: it may differ between two
+    halves of one run, and no record holds it.
+    """
+    return field(default=default, metadata={"help": help, "local": local})
+
+
+def local(config: object) -> set[str]:
+    """The names of the settings that say where and how a run is made."""
+    return {setting.name for setting in dataclasses.fields(config) if setting.metadata["local"]}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong flag, where argparse prints the whole usage too."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise BadInput(f"{message}; see {self.prog} -h")
+
+
+def parse(config: type, doc: str, argv: list[str] | None = None,
+          protocols: dict[str, dict] | None = None) -> typing.Any:
+    """Command line -> config: its defaults, over them the chosen protocol's, over them the flags given.
+
+    protocols are {name: settings}, the first one the default of `--protocol`; without them config has none.
+    """
+    parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    own = config.__annotations__  # what the script adds comes first
+    for setting in sorted(dataclasses.fields(config), key=lambda setting: setting.name not in own):
+        options = {"help": setting.metadata["help"] + ("" if setting.default is None else f" ({setting.default})")}
+        if setting.name == "protocol" and protocols:
+            options["choices"] = list(protocols)
+        elif setting.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(setting.type) is typing.Literal:
+            options["choices"] = typing.get_args(setting.type)
+        elif tuple[str, ...] in typing.get_args(setting.type):
+            options |= {"nargs": "+", "metavar": "FILE"}
+        else:
+            options["type"] = setting.type if setting.type in (int, float) else str
+            options["metavar"] = options["type"].__name__.upper()
+        parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)
+    if protocols is None:
+        return config(**vars(parser.parse_args(argv)))
+    parser.epilog = "protocols:\n" + "\n".join(
+        f"  {name:<8}" + ("  ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items()) or
+                          "the defaults above") for name, values in protocols.items())
+    given = vars(parser.parse_args(argv))
+    protocol = given.get("protocol", next(iter(protocols)))
+    base = config(**{**protocols[protocol], "protocol": protocol})
+    changed = [f"{name}={value}" for name, value in given.items()
+               if name not in local(base) | {"seed"} and value != getattr(base, name)]
+    out = Path("runs", parser.prog.removesuffix(".py"), protocol, ",".join(changed) or "base")
+    return dataclasses.replace(base, **{"out": str(out), **given})
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, kill, and what schedulers send before they preempt
+
+
+class Stopped(BaseException):
+    """A signal told the process to stop: the conventional exit code is 128 + signal.
+
+    `where` is what the same command goes on from, if what was reached is saved.
+    """
+
+    def __init__(self, number: int, where: str | None = None):
+        super().__init__(f"stopped by {signal.Signals(number).name}"
+                         + (f"; the same command goes on from {where}" if where else ""))
+        self.code = 128 + number
+
+
+def guard(main: Callable[[], None]) -> int:
+    """Run a script's main; what is the user's to mend becomes one line and an exit code, 2 for bad input."""
+    try:
+        with handling(STOPPING, raise_stopped):
+            main()
+        return 0
+    except Stopped as stopped:
+        message, code = str(stopped), stopped.code
+    except BadInput as error:
+        message, code = str(error), 2
+    except OSError as error:
+        message, code = f"{error.filename or 'file'}: {error.strerror or error}", 2
+    except FloatingPointError as error:
+        message, code = str(error), 1
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            message, code = "out of memory: lower --batch first, then --size or --width", 2
+        elif dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            message, code = "another process of the group has ended; run the same command to go on", 1
+        else:
+            raise
+    shared = dist.is_initialized() and dist.get_world_size() > 1
+    which = f"process {dist.get_rank()}: " if shared else ""
+    print(f"error: {which}{' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def raise_stopped(number: int, frame: object) -> typing.NoReturn:
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def handling(signals: tuple[int, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle the signals inside the block; outside the main thread, where Python allows it not, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
