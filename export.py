@@ -391,8 +391,8 @@ def check_compiler(device: torch.device) -> None:
         reason = next((line for line in done.stderr.splitlines()
                        if "error" in line or "cannot find" in line), "the compiler failed")
         raise BadInput(f"the AOTInductor package needs cuda.h and libcuda.so, and CUDA_HOME is "
-                       f"{home} ({reason}); set CUDA_HOME to a CUDA toolkit, or to the nvidia/cu13 "
-                       f"folder beside torch's own, which has the headers; or --no-aot")
+                       f"{home} ({reason}); set CUDA_HOME to a CUDA toolkit, or to the folder "
+                       f"nvidia/cu13 beside torch's own, which has the headers; or --no-aot")
 
 
 def main(argv: list[str] | None = None) -> None:
