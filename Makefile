@@ -95,8 +95,8 @@ help:
 	@echo "make test           environment, all tests"
 	@echo "make faults         runs that are killed again and again must end with the same bits"
 	@echo "make fuzz           mutated IDX files and archives, guided by coverage (SECONDS= each; needs pip install atheris)"
-	@echo "make gpu            the first minutes on a GPU: checks, a verdict each, then the missing rows of the study until"
-	@echo "                    the time is over (SECONDS=540), and all records in one archive"
+	@echo "make gpu            the first minutes on a GPU: checks, a verdict each, then the missing rows"
+	@echo "                    until SECONDS=540 are over, and all records in one archive"
 	@echo "make bench          speed of the training step and of average precision, as ratios"
 	@echo "make export         both base models as TorchScript, ONNX, int8 ONNX and AOTInductor, proven equal (PROTOCOL=)"
 	@echo "make bench-inference  speed and memory of all these forms, side by side (PROTOCOL=)"
@@ -162,7 +162,7 @@ MAKEFLAGS += -j2
 RUN := env OMP_NUM_THREADS=$(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 endif
 ifeq ($(PROTOCOL),report)
-# one row leaves most of a GPU idle: four of Table 1 side by side, or three of Table 2, each on two threads
+# one row leaves most of a GPU idle: four of Table 1 side by side, or three of Table 2
 ifneq ($(origin RUN),command line)
 MAKEFLAGS += -j$(if $(filter-out table1% rows/table1,$(MAKECMDGOALS)),3,4)
 RUN := env OMP_NUM_THREADS=2

@@ -178,14 +178,14 @@ def check_waits(plan: Plan) -> Found:
 
 def check_numbers(plan: Plan) -> Found:
     """The base rows' metrics beside the report's."""
-    import metrics
+    import study
 
     said, found = [], {}
     for row in plan.base_rows:
         table, name = row.split("/")
         record = json.loads((plan.results / row / f"seed{plan.seeds[0]}.json").read_text())
-        columns = zip(metrics.COLUMNS[table], metrics.REPORT[table][name][1:])
-        for (title, split, key), theirs in columns:
+        for column, (title, split, key) in study.COLUMNS[table].items():
+            theirs = study.REPORT[table][name][1][column]
             ours = 100 * record["metrics"][split][key]
             found[f"{row} {title}"] = ours
             said.append(f"{title} {ours:.1f} (report {theirs:.1f})")
