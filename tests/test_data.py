@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import data
-from lab import batches, files
+from lab import batches
 from lab.batches import Dataset, Split
-from lab.files import BadInput
+from lab.files import BadInput, tree_digest
 
 
 def toy(n=10, size=4, classes=3):
@@ -145,7 +145,7 @@ def small_idx(monkeypatch):
     for file in data.IDX_FILES:
         n = 6 if "train" in file else 4
         files[file] = head(n, 28, 28) + bytes(n * 784) if "images" in file else head(n) + bytes(range(n))
-    monkeypatch.setitem(data.IDX_DIGESTS, "FashionMNIST", files.tree_digest(list(files.items())))
+    monkeypatch.setitem(data.IDX_DIGESTS, "FashionMNIST", tree_digest(list(files.items())))
     return files
 
 
@@ -229,7 +229,7 @@ def archive(path: Path, files: dict[str, bytes], link: tuple[str, str] | None = 
 
 
 FILES = {"mini_facade/train/a.jpg": b"image" * 500, "mini_facade/train/a.png": b"mask"}
-DIGEST = files.tree_digest([(name.removeprefix("mini_facade/"), content) for name, content in FILES.items()])
+DIGEST = tree_digest([(name.removeprefix("mini_facade/"), content) for name, content in FILES.items()])
 
 
 def test_the_tree_digest_is_what_sha256sum_prints():

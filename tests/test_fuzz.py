@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 import data
-from lab.files import BadInput
+from lab.files import BadInput, tree_digest
 
 scratch = functools.partial(tempfile.TemporaryDirectory, dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 # the same examples in every run; they are small, and to shrink one takes minutes
@@ -76,7 +76,7 @@ idx_arrays = st.tuples(*(hnp.arrays(np.uint8, shape, elements=pixels) for shape 
 def pinned(files, *sources):
     """An empty data root, with these files as Fashion-MNIST and these sources to fetch it from."""
     with scratch() as root, pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.IDX_DIGESTS, "FashionMNIST", files.tree_digest(list(files.items())))
+        patch.setitem(data.IDX_DIGESTS, "FashionMNIST", tree_digest(list(files.items())))
         for name, source in zip(("from_torchvision", "from_package"), (*sources, unreachable, unreachable)):
             patch.setattr(data, name, source)
         yield Path(root)
@@ -250,7 +250,7 @@ def check_archive(content, files=FILES):
 
     The content may be a function of the folder whose subfolder root is the data root.
     """
-    digest = files.tree_digest([(name.removeprefix("mini_facade/"), content) for name, content in files.items()])
+    digest = tree_digest([(name.removeprefix("mini_facade/"), content) for name, content in files.items()])
     with scratch() as folder:
         folder = Path(folder)
         (folder / "archive").write_bytes(content(folder) if callable(content) else content)
