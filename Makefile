@@ -95,8 +95,8 @@ help:
 	@echo "make test           environment, all tests"
 	@echo "make faults         runs that are killed again and again must end with the same bits"
 	@echo "make fuzz           mutated IDX files and archives, guided by coverage (SECONDS= each; needs pip install atheris)"
-	@echo "make gpu            the first minutes on a GPU: checks, a verdict each, then the missing rows of the study until"
-	@echo "                    the time is over (SECONDS=540), and all records in one archive"
+	@echo "make gpu            the first minutes on a GPU: checks, a verdict each, then the missing rows"
+	@echo "                    until SECONDS=540 are over, and all records in one archive"
 	@echo "make bench          speed of the training step and of average precision, as ratios"
 	@echo "make export         both base models as TorchScript, ONNX, int8 ONNX and AOTInductor, proven equal (PROTOCOL=)"
 	@echo "make bench-inference  speed and memory of all these forms, side by side (PROTOCOL=)"
@@ -116,13 +116,13 @@ data: $(ENV)
 	$(PY) data.py
 
 demo: data
-	$(PY) train_cls.py --epochs 1 --out $(DEMO)/fashion
+	$(PY) train_cls.py --train-images 20000 --epochs 1 --lr 2e-3 --warmup 0.2 --out $(DEMO)/fashion
 	$(PY) interpret.py --checkpoint $(DEMO)/fashion/seed0.pt --figure $(DEMO)/fashion.png
-	$(PY) train_seg.py --size 128 --epochs 2 --batch 8 --lr 2e-3 --warmup 0.3 --out $(DEMO)/facades
+	$(PY) train_seg.py --size 96 --width 16 --epochs 5 --batch 8 --lr 2e-3 --warmup 0.3 --out $(DEMO)/facades
 	$(PY) interpret.py --checkpoint $(DEMO)/facades/seed0.pt --figure $(DEMO)/facades.png
 
 test: $(ENV)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --maxprocesses 4 --dist loadfile")
 
 bench: $(ENV)
 	PYTHONPATH=. $(PY) tests/bench.py
@@ -138,7 +138,7 @@ fuzz: $(ENV)
 # once its seconds are over nothing runs any more; what ran goes on with the same command
 gpu: SECONDS ?= 540
 gpu: $(ENV)
-	PYTHONPATH=. $(PY) tests/gpu.py --protocol $(PROTOCOL) --seeds $(SEEDS) --seconds $(SECONDS) \
+	$(PY) tests/gpu.py --protocol $(PROTOCOL) --seeds $(SEEDS) --seconds $(SECONDS) \
 	  --device $(DEVICE:auto=cuda) --results $(RESULTS)
 
 # ---- the study ----
@@ -162,7 +162,7 @@ MAKEFLAGS += -j2
 RUN := env OMP_NUM_THREADS=$(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 endif
 ifeq ($(PROTOCOL),report)
-# one row leaves most of a GPU idle: four of Table 1 side by side, or three of Table 2, each on two threads
+# one row leaves most of a GPU idle: four of Table 1 side by side, or three of Table 2
 ifneq ($(origin RUN),command line)
 MAKEFLAGS += -j$(if $(filter-out table1% rows/table1,$(MAKECMDGOALS)),3,4)
 RUN := env OMP_NUM_THREADS=2

@@ -255,7 +255,7 @@ inline Tensor read_image(const std::string& path, int channels) {
     return at::bitwise_right_shift(grey, 16).to(torch::kUInt8);
 }
 
-// (A, B, channels) -> (A, size, channels): Pillow's antialiased bilinear filter in its fixed point.
+// (A, B, channels) -> (A, size, channels): Pillow's antialiased bilinear filter, in fixed point.
 inline Tensor resampled(const Tensor& pixels, int64_t size) {
     const int64_t lines = pixels.size(0), old = pixels.size(1), channels = pixels.size(2);
     const Tensor result = torch::empty({lines, size, channels}, torch::kUInt8);

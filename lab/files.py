@@ -145,8 +145,8 @@ def colours(image: Image.Image, channels: int) -> np.ndarray:
 def to_size(pixels: np.ndarray, size: int) -> np.ndarray:
     """uint8 (H, W, C) -> (size, size, C), C 1 or 3: stretched like the training images.
 
-    Pillow's antialiased bilinear filter, in two steps, since which axis it takes first depends on its
-    version. It is at most 1 from torchvision's, which training uses.
+    Pillow's antialiased bilinear filter, in two steps, since which axis it takes first depends on
+    its version. It is at most 1 from torchvision's, which training uses.
     """
     if pixels.shape[:2] == (size, size):
         return pixels

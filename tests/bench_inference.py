@@ -242,8 +242,9 @@ def render(record: dict) -> str:
     for row in record["results"]:
         one, many = row["batch1"], row["batch8"]
         name = f"{row['name']} ({row['provider']})" if "provider" in row else row["name"]
-        lines.append(f"| {name} | {one['median_ms']:.1f} | {one['p95_ms']:.1f} "
-                     f"| {one['ratio']:.2f} ({one['ratio_low']:.2f} to {one['ratio_high']:.2f}) | {one['images_per_second']:.1f} | "
+        lines.append(f"| {name} | {one['median_ms']:.1f} | {one['p95_ms']:.1f} | "
+                     f"{one['ratio']:.2f} ({one['ratio_low']:.2f} to {one['ratio_high']:.2f}) | "
+                     f"{one['images_per_second']:.1f} | "
                      f"{many['images_per_second']:.1f} | {one['peak_mb']} | {100 * row['quality'][key]:.2f} |")
     environment = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

@@ -56,6 +56,10 @@ class Plan:
         return self.device.startswith("cuda")
 
     @property
+    def profiled_steps(self) -> int:
+        return 20 if self.on_gpu else 2  # on a CPU it only shows that the check works
+
+    @property
     def make(self) -> list[str]:
         return ["make", f"PY={sys.executable}", f"PROTOCOL={self.protocol}",
                 f"DEVICE={self.device}", f"RESULTS={self.results}"]
@@ -94,8 +98,10 @@ def serve(pipe: Connection, plan: Plan, log: int) -> None:
             answer = ("passed", *globals()[f"check_{name}"](plan))
         except Skipped as reason:
             answer = ("skipped", str(reason), {})
+        except Failed as reason:
+            answer = ("failed", str(reason), {})
         except BaseException as error:  # whatever it is, it is the verdict
-            answer = ("failed", f"{type(error).__name__}: {error}"[:300], {})
+            answer = ("failed", f"{type(error).__name__}: {error}", {})
         pipe.send(answer)
 
 
@@ -172,14 +178,14 @@ def check_waits(plan: Plan) -> Found:
 
 def check_numbers(plan: Plan) -> Found:
     """The base rows' metrics beside the report's."""
-    import metrics
+    import study
 
     said, found = [], {}
     for row in plan.base_rows:
         table, name = row.split("/")
         record = json.loads((plan.results / row / f"seed{plan.seeds[0]}.json").read_text())
-        columns = zip(metrics.COLUMNS[table], metrics.REPORT[table][name][1:])
-        for (title, split, key), theirs in columns:
+        for column, (title, split, key) in study.COLUMNS[table].items():
+            theirs = study.REPORT[table][name][1][column]
             ours = 100 * record["metrics"][split][key]
             found[f"{row} {title}"] = ours
             said.append(f"{title} {ours:.1f} (report {theirs:.1f})")
@@ -202,7 +208,7 @@ def check_same_bits(plan: Plan) -> Found:
 
 # ---- the profile ----
 
-WARM, STEPS = 5, 20
+WARM = 5  # steps before: cuDNN picks its algorithms, the allocator its blocks
 
 
 class Enough(Exception):
@@ -216,7 +222,7 @@ def check_profile(plan: Plan) -> Found:
         told: dict = {}
         with (tempfile.TemporaryDirectory() as out, profiled(plan, told),
               contextlib.suppress(Enough)):
-            run(script, [*flags, "--epochs", "1"], out, steps=WARM + 2 * STEPS)
+            run(script, [*flags, "--epochs", "1"], out, steps=WARM + 2 * plan.profiled_steps)
         busy = ""
         if plan.on_gpu:
             busy = (f", the device busy for {told['device_ms']:.2f} ms with "
@@ -244,35 +250,36 @@ def profiled(plan: Plan, told: dict) -> Iterator[None]:
             yield next(steps)
         wait()
         begun = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(plan.profiled_steps):
             yield next(steps)
         wait()
-        told["step_ms"] = 1000 * (time.perf_counter() - begun) / STEPS
+        told["step_ms"] = 1000 * (time.perf_counter() - begun) / plan.profiled_steps
         with profile(activities=activities) as profiler:
-            for _ in range(STEPS):
+            for _ in range(plan.profiled_steps):
                 yield next(steps)
             wait()
-        told.update(summary(profiler, plan.on_gpu))
+        told.update(summary(profiler, plan))
         raise Enough
 
     with mock.patch.object(batches, "shuffled", shuffled):
         yield
 
 
-def summary(profiler: object, on_gpu: bool) -> dict:
+def summary(profiler: object, plan: Plan) -> dict:
     """Per step: the device's time and its kernels by name, in ms; on a CPU the operations'."""
     from torch.autograd import DeviceType
 
     longest: dict[str, float] = {}
     launches = 0
-    if on_gpu:
+    if plan.on_gpu:
         for event in profiler.events():
             launches += event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel"))
-            if event.device_type == DeviceType.CUDA:
+            # a named range of steps lies on the device too, over its kernels
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
                 longest[event.name] = longest.get(event.name, 0) + event.time_range.elapsed_us()
     else:
         longest = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     names = sorted(longest, key=longest.get, reverse=True)
-    per_step = {name[:60]: longest[name] / STEPS / 1000 for name in names}
-    return {"device_ms": sum(longest.values()) / STEPS / 1000, "launches": launches / STEPS,
-            "longest": dict(list(per_step.items())[:8])}
+    steps = plan.profiled_steps
+    return {"device_ms": sum(longest.values()) / steps / 1000, "launches": launches / steps,
+            "longest": {name[:60]: longest[name] / steps / 1000 for name in names[:8]}}

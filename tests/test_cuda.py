@@ -113,8 +113,8 @@ def test_a_process_of_a_group(train, tmp_path, monkeypatch, row):
     """What torchrun starts, up to NCCL: DistributedDataParallel, and norms over all processes."""
     join = functools.partial(dist.init_process_group, NCCL or "gloo", rank=0, world_size=1,
                              init_method=f"file://{tmp_path}/group")
-    monkeypatch.setattr(torch.nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: pytest.fail(
-        "each of its layers waits for the device, where there are several"))
+    refuse = lambda model: pytest.fail("each of its layers waits, in a larger group")
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "convert_sync_batchnorm", refuse)
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(dist, "init_process_group", lambda backend: join())
     monkeypatch.setenv("LOCAL_RANK", "0")

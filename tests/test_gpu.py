@@ -1,5 +1,7 @@
 """What surrounds a GPU, as far as a machine without one can show it."""
 
+import dataclasses
+import importlib.util
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_inference
 import gpu
@@ -84,6 +87,10 @@ def test_the_benchmark_names_the_provider_that_was_used(tmp_path, monkeypatch):
 
 # ---- make gpu ----
 
+NOT_NEEDED = ["pytest", "hypothesis", "sklearn", "matplotlib", "onnx", "onnxruntime", "onnxscript",
+              "scipy"]
+
+
 @pytest.fixture
 def root(tiny_root):
     """A data root with all three sets: the facades are tiny."""
@@ -93,12 +100,15 @@ def root(tiny_root):
 
 
 def test_the_first_minutes_on_a_cpu(root, tmp_path):
-    """As a user has them: in time, a verdict for each check, all records in one archive."""
+    """In time, a verdict for each check, all records in one archive; where training can run."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/sitecustomize.py").write_text(
+        f"import sys\nfor name in {NOT_NEEDED}:\n    sys.modules[name] = None\n")
     begun = time.monotonic()
     done = subprocess.run(
         ["make", "gpu", "DEVICE=cpu", "PROTOCOL=smoke", "SECONDS=40", f"PY={sys.executable}",
          f"RESULTS={tmp_path}/results/smoke"], cwd=engine.SOURCE, capture_output=True, text=True,
-        env={**os.environ, "DATA_ROOT": str(root)})
+        env={**os.environ, "DATA_ROOT": str(root), "PYTHONPATH": f"{tmp_path}/bare"})
     assert time.monotonic() - begun < 50
     verdicts = re.findall(r"^ (\d)  (.+?)  +(passed|failed|skipped)  ?(.+)$", done.stdout, re.M)
     assert [number for number, *_ in verdicts] == list("123456789"), done.stdout + done.stderr
@@ -164,7 +174,7 @@ record.write_text("{}")
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):
-    """A session whose make is a few lines: table2 of seed 1 waits to be stopped, attention fails."""
+    """Its make is a few lines: table2 of seed 1 waits to be stopped, attention fails."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/make").write_text(MAKE.replace("{python}", sys.executable))
     (tmp_path / "bin/make").chmod(0o755)
@@ -190,6 +200,20 @@ def test_rows_run_in_seed_order_until_the_time_is_over(session, tmp_path, capsys
         session.plan.results.joinpath(table, f"seed{seed}.json").write_text("{}")
     assert session.rows(time.monotonic() + 30)  # nothing is missing any more
     assert capsys.readouterr().out == ""
+
+
+def test_what_a_missing_package_costs(session, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(session, "plan", dataclasses.replace(session.plan, device="cuda"))
+    assert session.rehearsed_tests(0)[:2] == ("skipped", "because pytest is not installed")
+    assert session.export(0)[0] == session.bench(0)[0] == "skipped"
+    assert session.export(0)[1].startswith("because onnx, onnxruntime, ")
+    session.plan.results.joinpath("table2").mkdir(parents=True)
+    session.plan.results.joinpath("table2/seed1.json").write_text("{}")  # else it waits
+    assert session.rows(time.monotonic() + 30)
+    said = capsys.readouterr().out
+    assert "attention is left out, because matplotlib is not installed" in said
+    assert said.count("attention") == 1 and said.count("1 records") == 3
 
 
 def test_verdicts(session, capsys):
@@ -231,7 +255,6 @@ def test_a_check_that_dies_or_fails_leaves_the_next_its_turn(session, monkeypatc
 def test_checks_on_a_cpu(root, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_ROOT", str(root))
     monkeypatch.setattr(gpu_checks, "WARM", 1)
-    monkeypatch.setattr(gpu_checks, "STEPS", 2)
     plan = gpu.Plan("smoke", "cpu", 60, ["0"], tmp_path / "results/smoke")
     assert plan.base_rows == ["table1/maxpool-2-32", "table2/standard"]
     said, found = gpu_checks.check_profile(plan)
@@ -244,6 +267,19 @@ def test_checks_on_a_cpu(root, tmp_path, monkeypatch):
     with pytest.raises(gpu_checks.Failed, match="train_cls.py --deterministic ends with other"):
         gpu_checks.check_same_bits(plan)
     torch.use_deterministic_algorithms(False)
+
+
+def test_a_profile_of_a_gpu_counts_kernels_and_not_the_ranges_over_them():
+    event = lambda name, device, microseconds=0, annotation=False: SimpleNamespace(
+        name=name, device_type=device, is_user_annotation=annotation,
+        time_range=SimpleNamespace(elapsed_us=lambda: microseconds))
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    events = [event("conv", cuda, 3000), event("relu", cuda, 500), event("conv", cuda, 3000),
+              event("Optimizer.step", cuda, 9000, annotation=True), event("aten::conv", cpu, 7000),
+              *[event("cudaLaunchKernel", cpu), event("cuLaunchKernelEx", cpu)] * 30]
+    plan = gpu.Plan("smoke", "cuda", 60, ["0"], Path("results/smoke"))
+    assert gpu_checks.summary(SimpleNamespace(events=lambda: events), plan) == {
+        "device_ms": 0.325, "launches": 3, "longest": {"conv": 0.3, "relu": 0.025}}
 
 
 def test_a_root_that_lacks_a_set_is_refused_at_once(tiny_root, monkeypatch, capsys):

@@ -268,3 +268,17 @@ def test_cpp_refusals(seg, runner, tmp_path, photos):
         done = subprocess.run([runner, *map(str, argv)], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ")
         assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+
+
+def test_a_model_of_synthetic_facades_says_so_wherever_it_is_used(seg, runner, tmp_path, photos):
+    model = onnx.load(seg / "seed0/model.onnx")
+    about = {prop.key: prop.value for prop in model.metadata_props} | {"data": "SYNTHETIC facades"}
+    onnx.helper.set_model_props(model, about)
+    onnx.save(model, tmp_path / "drawn.onnx")
+    script = torch.jit.load(seg / "seed0/model.ts.pt")
+    torch.jit.save(script, tmp_path / "drawn.ts.pt", _extra_files=about)
+    done = subprocess.run([runner, tmp_path / "drawn.ts.pt", photos[0]], cwd=tmp_path,
+                          check=True, capture_output=True, text=True)
+    assert done.stderr == f"NOTE: {tmp_path}/drawn.ts.pt was trained on SYNTHETIC facades\n"
+    done = predict("--model", tmp_path / "drawn.onnx", "--out", tmp_path / "out", photos[0])
+    assert done.stderr == f"NOTE: {tmp_path}/drawn.onnx was trained on SYNTHETIC facades\n"

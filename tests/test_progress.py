@@ -11,9 +11,8 @@ import time
 import pytest
 import torch
 
-import export
 import train_seg
-from lab import cli, engine, progress
+from lab import cli, engine, forms, progress
 
 LINE = re.compile(r"(.*): (\d+) % of (\d+) (\w+), \d\d:\d\d gone, \d\d:\d\d to go(, loss [\d.]+)?")
 
@@ -80,9 +79,9 @@ def test_training_and_evaluation(tiny_root, tmp_path, every, capsys):
 def test_the_export(every, capsys):
     every(0)
     images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
-    calibration = export.Calibration(images)
+    calibration = forms.Calibration(images)
     assert len(list(iter(calibration.get_next, None))) == 3
-    assert len(export.logits_of(lambda part: part, images, 2)) == 3
+    assert len(forms.logits_of(lambda part: part, images, 2)) == 3
     assert [line[:4] for line in lines(capsys)[1:]] == [
         ("calibration", "67", "3", "images"), ("evaluation", "50", "2", "batches")]
 

@@ -121,7 +121,7 @@ def make(tmp_path, tiny_root):
         pytest.skip("needs make")
 
     def run(*arguments):
-        environment = {**os.environ, "DATA_ROOT": str(tiny_root), "MAKEFLAGS": ""}
+        environment = {**os.environ, "DATA_ROOT": str(tiny_root), "MAKEFLAGS": "", "MAKELEVEL": "0"}
         return subprocess.run(["make", f"PY={sys.executable}", "PROTOCOL=smoke", "DEVICE=cpu",
                                f"RESULTS={tmp_path}/results/smoke", *arguments], cwd=REPO, env=environment,
                               capture_output=True, text=True)

@@ -1,0 +1,93 @@
+"""The border of the house: lab/ knows no network, no data set and no report, and serves any."""
+
+import ast
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lab import cli, engine
+from lab.batches import Dataset, Split
+
+REPO = Path(__file__).parents[1]
+SCRIPTS = {"train_cls", "train_seg", "interpret", "export", "predict", "study"}
+MODULES = {"models", "data", "metrics", "figures"}
+
+
+def imported(path: Path) -> set[str]:
+    """The first names of all modules that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    return ({alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            | {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and node.module})
+
+
+def test_nothing_in_lab_imports_the_top_level():
+    files = sorted((REPO / "lab").glob("*.py"))
+    assert len(files) > 8
+    for path in files:
+        assert not imported(path) & (SCRIPTS | MODULES), path
+
+
+def test_no_script_imports_a_script_but_the_study():
+    for name in SCRIPTS:
+        assert not imported(REPO / f"{name}.py") & (SCRIPTS - {"study"}), name
+    for name in ("models", "data", "metrics"):
+        assert not imported(REPO / f"{name}.py") & SCRIPTS, name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(engine.Settings):
+    width: int = cli.flag(4, "channels")
+
+
+class Net(nn.Module):
+    """Of signals of one channel, of which there is none in this project: 1x16 pixels, 3 classes."""
+
+    def __init__(self, width: int, channels: int, classes: int):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(channels, width, (1, 3), padding=(0, 1)), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(16 * width, classes)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def steps_of(images: int) -> Split:
+    """A step at one of three places, which is the class."""
+    targets = torch.arange(images) % 3
+    signals = (torch.arange(16) >= 4 + 4 * targets[:, None]).to(torch.uint8) * 200
+    return Split(signals.view(images, 1, 1, 16), targets.to(torch.uint8), torch.arange(images))
+
+
+def hinge(logits, targets):
+    return nn.functional.multi_margin_loss(logits, targets.long())
+
+
+def train(out, **settings) -> dict:
+    dataset = Dataset("steps", ("a", "b", "c"), (0.5,), (0.5,), "digest", False, steps_of(60), steps_of(30))
+    cfg = Config(epochs=6, batch=10, lr=1e-2, device="cpu", precision="fp32", out=str(out), **settings)
+    run = engine.Run(cfg, dataset, lambda settings, *shape: Net(settings["width"], *shape))
+    engine.fit(run, hinge)
+    run.finish(*run.evaluate(lambda logits, targets, names: {"right": (logits.argmax(1) == targets).double().mean().item()},
+                             lambda logits, split: {"prediction": logits.argmax(1).numpy()}))
+    return json.loads((out / "seed0.json").read_text())
+
+
+def test_a_network_a_set_and_a_loss_of_ones_own(tmp_path, monkeypatch, capsys):
+    """Trained, stopped, resumed, evaluated, recorded and opened again, with lab/ alone."""
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    whole = train(tmp_path / "whole")
+    assert whole["metrics"]["test"]["right"] == 1.0 and whole["about_data"]["classes"] == ["a", "b", "c"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "any_signal", lambda stops, calls=[]: calls.append(1) or (15 if len(calls) == 9 else 0))
+        with pytest.raises(cli.Stopped, match="goes on from step 3 of 6 of epoch 2"):
+            train(tmp_path / "stopped")
+    again = train(tmp_path / "stopped")
+    assert again["weights_sha256"] == whole["weights_sha256"] and again["curve"] == whole["curve"]
+    model, record = engine.load_trained(tmp_path / "whole/seed0.pt", torch.device("cpu"),
+                                        lambda settings, *shape: Net(settings["width"], *shape))
+    assert record == whole and isinstance(model, Net) and not model.training
