@@ -183,18 +183,23 @@ def measure_apart(cfg: Config, name: str, batch: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def usable(cfg: Config, name: str, device: torch.device) -> bool:
-    how, form, _ = BACKENDS[name]
+def hindrance(cfg: Config, name: str, device: torch.device) -> str | None:
+    """Why a row is left out here, or None."""
+    how, form, precision = BACKENDS[name]
     if how == "runner" and not (engine.SOURCE / "cpp/runner").exists():
-        return False
+        return "make cpp/runner first"
     if form and (form not in parity_of(cfg)["forms"] or not cfg.file(form).exists()):
-        return False
+        return "it was not exported"
     if how == "openvino" and not importlib.util.find_spec("openvino"):
-        return False
+        return "needs pip install openvino"
     if device.type == "cuda":
         onnx_there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        return how in ("eager", "compile") or form == "AOTInductor" and how == "file" or form == "ONNX" and onnx_there
-    return True
+        there = how in ("eager", "compile") or form == "AOTInductor" and how == "file" or (
+            form == "ONNX" and onnx_there)
+        return None if there else "it does not run on CUDA here"
+    if precision in ("bfloat16", "bf16") and devices.pick_dtype("auto", device) != torch.bfloat16:
+        return "this CPU only emulates bfloat16, in minutes where others take seconds"
+    return None
 
 
 def quality(cfg: Config, names: list[str], device: torch.device) -> dict[str, dict]:
@@ -286,9 +291,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(cfg.threads)
     device = devices.pick_device(cfg.device)
     parity = parity_of(cfg)
-    names = [name for name in BACKENDS if usable(cfg, name, device)]
-    for name in BACKENDS.keys() - set(names):
-        print(f"{name}: not here, left out", file=sys.stderr)
+    hindrances = {name: hindrance(cfg, name, device) for name in BACKENDS}
+    names = [name for name, reason in hindrances.items() if reason is None]
+    for name, reason in hindrances.items():
+        if reason is not None:
+            print(f"{name} is left out: {reason}", file=sys.stderr)
     found = quality(cfg, names, device)  # before the long part: it may refuse
     rounds = []
     for i in range(cfg.rounds):

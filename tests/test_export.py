@@ -264,6 +264,7 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
         return bench_inference.measure(dataclasses.replace(cfg, only=name, batch=batch))
 
     monkeypatch.setattr(bench_inference, "measure_apart", measure)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # so that any CPU has the rows
     argv = ["--checkpoint", seg / "seed0.pt", "--data-root", seg / "root", "--size", "32", "--rounds", "1", "--seconds",
             "0.01", "--threads", "1", "--device", "cpu", "--record", tmp_path / "bench/inference.json"]
     assert cli.guard(lambda: bench_inference.main([*map(str, argv)])) == 0
@@ -279,6 +280,15 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     assert "\nHourGlass(1,8), trained on mini facade, 32 pixels a side" in table
     assert "| ONNX Runtime int8 (CPU) |" in table and record["results"][4]["provider"] == "CPU"
     assert (tmp_path / "bench/inference.png").stat().st_size > 10_000
+
+
+def test_what_the_cpu_only_emulates_is_not_timed(seg, monkeypatch):
+    cfg = bench_inference.Config(checkpoint=str(seg / "seed0.pt"))
+    left_out = lambda name: bench_inference.hindrance(cfg, name, torch.device("cpu"))
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+        assert ("only emulates bfloat16" in (left_out("eager bfloat16") or "")) is not native
+        assert left_out("eager") is None
 
 
 def test_bench_refusals(seg, tmp_path, capsys):
