@@ -2,13 +2,13 @@
 
 The rule, its sources and what a simulation says of it: docs/statistics.md. Every function works on
 stacks of tables (leading axes), so that the simulation in the tests runs the code that judges a study.
+SciPy is imported where a quantile is asked for: a machine that only makes records needs none.
 """
 
 import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.05  # of a wrong decision anywhere in a study
 
@@ -67,6 +67,7 @@ def reach(level: np.ndarray | float, parts: tuple[Part, ...]) -> np.ndarray:
     Welch-Satterthwaite sum over all sources would not do: where few seeds happen to lie close together, it
     would take the many degrees of freedom of the test set for those of the whole (docs/statistics.md).
     """
+    from scipy import stats
     return np.sqrt(sum(np.square(stats.t.isf(level, part.dof)) * part.variance for part in parts))
 
 
@@ -77,6 +78,7 @@ def half_width(parts: tuple[Part, ...]) -> np.ndarray:
 
 def tail(distance: np.ndarray, parts: tuple[Part, ...]) -> np.ndarray:
     """One-sided p value of an estimate that lies `distance` beyond a bound: the level whose reach that is."""
+    from scipy import stats
     error = np.sqrt(np.maximum(sum(part.variance for part in parts), 1e-18))
     away = np.minimum(np.abs(distance) / error, 1e9)
     # the level lies between those that either source would give if all of the error were its own
@@ -139,6 +141,7 @@ def detectable(seeds: int, rows: int, claims: int, spread: float = 1.0, test_set
     error that the choice of `units` held-out images or groups adds; the result is in their unit. Averaged
     over 4,000 draws of the spreads that so few seeds would show.
     """
+    from scipy import stats
     draw, dof = np.random.default_rng(0), (seeds - 1) * (rows - 1) / rows
     shown = [Part(spread**2 / seeds * draw.chisquare(seeds - 1, 4000) / (seeds - 1), dof) for _ in range(2)]
     needed = reach(LEVEL / 2 / claims, (sum_of(*shown), Part(test_set**2, units - 1)))

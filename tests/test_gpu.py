@@ -112,7 +112,7 @@ def test_the_first_minutes_on_a_cpu(root, tmp_path):
     assert time.monotonic() - begun < 50
     verdicts = re.findall(r"^ (\d)  (.+?)  +(passed|failed|skipped)  ?(.+)$", done.stdout, re.M)
     assert [number for number, *_ in verdicts] == list("123456789"), done.stdout + done.stderr
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stdout + done.stderr
     for *_, verdict, why in verdicts:
         assert verdict == "passed" or verdict == "skipped" and why.startswith("because "), verdicts
     with tarfile.open(tmp_path / "runs/smoke-records.tar.gz") as archive:
