@@ -23,7 +23,7 @@ from lab.files import BadInput, tree_digest
 FILES = {"a.jpg": b"image" * 500, "deep/a.png": b"mask"}
 DIGEST = tree_digest(list(FILES.items()))
 PACKED = {f"set/{name}": body for name, body in FILES.items()}
-SHORT = Limits(answer=0.5, silence=0.5)
+SHORT = Limits(answer=0.5, silence=0.6)
 
 
 def keep(name):
@@ -83,6 +83,13 @@ def test_only_what_is_kept_comes_out_of_an_archive(server, tmp_path):
     server.answers["/x"] = content(archive({**beside, **PACKED}, *others))
     assert take(tmp_path, f"{server.url}/x") == FILES
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+def test_a_new_folder_appears_as_a_whole(tmp_path, monkeypatch):
+    moves, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: moves.append(new) or replace(old, new))
+    fetch.fetch(tmp_path, "deep/here", DIGEST, {"a source": lambda folder: list(FILES.items())})
+    assert moves == [tmp_path / "deep/here"] and (tmp_path / "deep/here/deep/a.png").exists()
 
 
 def test_a_folder_that_is_there_keeps_its_other_files(tmp_path):
@@ -176,6 +183,14 @@ def test_more_than_a_set_has_is_refused_packed_or_unpacked(server, tmp_path, bod
                     "it has more than the 524288 bytes allowed")
 
 
+def test_a_file_of_holes_that_would_fill_the_memory_is_not_read(server, tmp_path):
+    """In an archive of a few blocks, a sparse file may say that it has any size."""
+    sparse = tarfile.TarInfo("set/a.jpg")
+    sparse.pax_headers = {"GNU.sparse.realsize": str(1 << 40), "GNU.sparse.map": "0,0"}
+    server.answers["/x"] = content(sparse.tobuf(tarfile.PAX_FORMAT) + archive(PACKED, mode="w"))
+    assert "with 'set/a.jpg' it has too much for the set" in refused(tmp_path, f"{server.url}/x")
+
+
 def test_attributes_that_would_fill_the_memory_are_not_read(server, tmp_path):
     """They pack to a hundredth, and tarfile would make an object of each, all at once."""
     record = b"20 attribute=value.\n" * 100_000
@@ -205,8 +220,8 @@ SERVERS = {
     "more than it may be": (content(b"", 1 << 40), f"it has {1 << 40} bytes, more than"),
     "silent": (loopback.silent, "no answer within 0.5 seconds"),
     "slow with its header": (loopback.trickling("header"), "no answer within 0.5 seconds"),
-    "slow with its body": (loopback.trickling("body"), "less than 64 KiB within 0.5 seconds"),
-    "stuck": (loopback.stuck(BIG), "less than 64 KiB within 0.5 seconds"),
+    "slow with its body": (loopback.trickling("body"), "less than 64 KiB within 0.6 seconds"),
+    "stuck": (loopback.stuck(BIG), "less than 64 KiB within 0.6 seconds"),
 }
 
 
