@@ -53,11 +53,12 @@ from torch import Tensor, nn
 import data
 import metrics
 import models
-from lab import cli, devices, engine, forms
+from lab import cli, devices, engine, forms, records
 from lab.batches import Dataset
 from lab.cli import flag
-from lab.files import BadInput, jsonable, write_atomic
+from lab.files import BadInput
 from lab.forms import FORMS, ParityError
+from lab.provenance import environment
 
 # deprecated; here they make one form of many
 warnings.filterwarnings("ignore", "`torch.jit|torch.quantize_per_tensor")
@@ -223,11 +224,10 @@ def main(argv: list[str] | None = None) -> None:
     if written:
         report = {"checkpoint": Path(cfg.checkpoint).name, **about, "split": dataset.held_out,
                   "images": len(dataset.test), "size": dataset.test.images.shape[-1],
-                  "environment": engine.environment(device, torch.float32),
+                  "environment": environment(device, torch.float32),
                   "onnxruntime": onnxruntime.__version__,
                   "forms": passed, "failed": failed}
-        content = json.dumps(jsonable(report), indent=1) + "\n"
-        write_atomic(out / "parity.json", content.encode())
+        records.write(out / "parity.json", report)
         print(f"models {out}/")
     if failed:
         reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())

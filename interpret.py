@@ -31,7 +31,7 @@ import figures
 import models
 import study
 from data import Composites
-from lab import batches, cli, devices, engine, files, records
+from lab import batches, cli, devices, engine, files, provenance, records
 from lab.batches import Dataset, Split
 from lab.cli import flag
 from lab.files import BadInput, colours, read_image, shown, to_size
@@ -244,7 +244,7 @@ def measure(cfg: Config) -> None:
     made_of = f"{data.IDX_DIGESTS} {config['split']} {cfg.images}"
     record = files.jsonable({
         "script": "interpret.py", "config": {**config, "images": cfg.images, "sweep_images": cfg.sweep_images},
-        "data": hashlib.sha256(made_of.encode()).hexdigest(), "environment": engine.environment(device, bench.dtype),
+        "data": hashlib.sha256(made_of.encode()).hexdigest(), "environment": provenance.environment(device, bench.dtype),
         "trained": trained, "metrics": {"test": scores}, **more})
     if arrays:
         half = lambda array: array.float() if array.dtype == torch.float64 else array

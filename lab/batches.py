@@ -1,17 +1,20 @@
 """Data sets that lie on the training device as bytes, and their batches."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lab.files import BadInput
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 (N, C, H, W); targets uint8 (N,) labels or (N, H, W) masks; photos int64 (N,)."""
+    """Images uint8 (N, C, H, W); targets uint8, (N,) labels or (N, H, W) masks; photos int64 (N,)"""
     images: Tensor
     targets: Tensor
     photos: Tensor
@@ -29,7 +32,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits and what a run record says of them; `held_out` is "test", or "val" in --split dev."""
+    """Two splits and what a record says of them; `held_out` is "test", or "val" in --split dev."""
     name: str
     classes: tuple[str, ...]
     mean: tuple[float, ...]  # per channel, of images in [0, 1]
@@ -50,7 +53,7 @@ class Dataset:
         return replace(self, train=self.train.map(move), test=self.test.map(move))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> float32 channels_last, zero mean and unit variance over the train split."""
+        """uint8 (N, C, H, W) -> float32 channels_last, mean 0, variance 1 over the train split."""
         return normalise(images, self.mean, self.std)
 
 
@@ -65,17 +68,42 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
+def check_fit(data: Dataset, model: nn.Module) -> None:
+    """BadInput where a set and a network do not fit together: before training, not in its midst."""
+    classes = len(data.classes)
+    for name, split in (("train", data.train), (data.held_out, data.test)):
+        if len(split) == 0:
+            raise BadInput(f"{data.name}: its {name} split has no image")
+        if (most := int(split.targets.max())) >= classes:
+            raise BadInput(f"{data.name}: a target of the {name} split is {most}, but the "
+                           f"{classes} classes are 0 to {classes - 1}; name that class, or mend "
+                           f"the target")
+    shape = tuple(data.train.images.shape[1:])
+    form = copy.deepcopy(model).to("meta").eval()
+    try:
+        with torch.no_grad():
+            logits = form(torch.empty(1, *shape, device="meta"))
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{data.name}: the network does not take its images of {shape} "
+                       f"({reason})") from error
+    expected = (1, classes, *data.train.targets.shape[1:])
+    if tuple(logits.shape) != expected:
+        raise BadInput(f"{data.name}: the network gives {tuple(logits.shape)} for an image, where "
+                       f"its targets and {classes} classes want {expected}")
+
+
 def in_order(data: Dataset, split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The split in order: normalised images float32 (n, C, H, W) and their uint8 targets, n <= batch."""
+    """The split in order: normalised images float32 (n, C, H, W) and uint8 targets, n <= batch."""
     for i in range(0, len(split), batch):
         yield data.normalise(split.images[i:i + batch]), split.targets[i:i + batch]
 
 
 def shuffled(data: Dataset, batch: int, seed: int, epoch: int, flip: bool,
              first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of the training split, all on its device, wholly determined by (seed, epoch), from step `first` on.
+    """One epoch of the training split, all on its device, from step `first` on.
 
-    Nothing else is random and nothing is carried over, so an epoch can be repeated exactly. `flip`
+    It is wholly determined by (seed, epoch), so that an epoch can be repeated exactly. `flip`
     mirrors each image and mask with probability 1/2. The last, incomplete batch is left out (each
     epoch another set of images): every step has one shape.
     """
@@ -98,7 +126,7 @@ def steps_per_epoch(split: Split, batch: int) -> int:
 
 
 def mixed_seed(*parts: int) -> int:
-    """32 mixed bits, since torch's CPU generator ignores all above them, of (seed, epoch) or (seed, epoch, step).
+    """32 bits mixed of (seed, epoch) or (seed, epoch, step): torch's CPU generator takes no more.
 
     A trailing 0 counts for nothing, so that steps are numbered from 1.
     """

@@ -24,7 +24,7 @@ import interpret
 import models
 import train_cls
 import train_seg
-from lab import batches, cli, engine
+from lab import batches, cli, engine, provenance
 
 SCRIPTS = {"table1": train_cls, "table2": train_seg}
 TINY = {"table1": ["--depth", "1", "--width", "4", "--batch", "4"],
@@ -35,7 +35,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no on
 
 def rows() -> list[str]:
     """Each row of the Makefile as "table flags", once where rows differ by their size alone."""
-    makefile = (engine.SOURCE / "Makefile").read_text()
+    makefile = (provenance.SOURCE / "Makefile").read_text()
     size = r"--(depth|width|hourglasses) \d+"
     return list(dict.fromkeys(
         f"{table} {re.sub(size, '', flags)}".strip()
@@ -174,7 +174,7 @@ FAULTS = {
         "lab.engine.fit_epoch", "total += loss.detach()", "total += loss.detach().cpu()",
         "table2", "copy from the device in engine.py"),
     "a sum goes on on the host": (
-        "lab.engine.Run.begin_epoch", 'within["total"].to(self.device)', 'within["total"]',
+        "lab.engine.Run.begin_epoch", 'partial["total"].to(self.device)', 'partial["total"]',
         "table2", "at least two devices"),
     "class weights on the host": (
         "models.class_weights", ".float()", ".float().cpu()",

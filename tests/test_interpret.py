@@ -18,7 +18,7 @@ import models
 import study
 import train_cls
 import train_seg
-from lab import cli, engine, files, progress
+from lab import cli, files, progress, provenance
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_way_that_a_notebook_shows_pictures_is_left_alone(tmp_path, name):
             "figures.save(figures.subplots()[0], figures.Path(sys.argv[1], 'figure.png')); "
             "assert 'matplotlib.pyplot' not in sys.modules; "
             f"assert os.environ['MPLBACKEND'] == {name!r}")
-    path = os.pathsep.join([str(engine.SOURCE), str(engine.SOURCE / "tests")])
+    path = os.pathsep.join([str(provenance.SOURCE), str(provenance.SOURCE / "tests")])
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True,
                    env={**os.environ, "MPLBACKEND": name, "PYTHONPATH": path})
     assert (tmp_path / "figure.png").stat().st_size > 1000
