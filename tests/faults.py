@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a forked child must not wait for its pare
 
 import numpy as np
 import torch
-from conftest import make_tiny_root
+from conftest import small_root
 
 import data
 import train_cls
@@ -35,12 +35,6 @@ from lab.progress import progress
 SCRIPTS = {"train_cls": train_cls, "train_seg": train_seg}
 FLAGS = {"train_cls": ["--train-images", "512", "--width", "4", "--epochs", "4"],
          "train_seg": ["--size", "32", "--width", "8", "--epochs", "4", "--batch", "4"]}
-
-
-def small_root(root: Path, scratch: Path) -> Path:
-    """The real Fashion-MNIST, and a facade set of a few drawn images, so that a round takes seconds."""
-    (scratch / "FashionMNIST").symlink_to((root / "FashionMNIST").resolve())
-    return make_tiny_root(scratch, 24, 8)
 
 
 def run(script: str, flags: list[str], log: Path) -> None:
