@@ -104,6 +104,7 @@ def load_trained(path: Path, device: torch.device, build: Build) -> tuple[nn.Mod
         # it becomes part of file names
         if type(config["seed"]) is not int or config["seed"] < 0:
             raise ValueError("seed")
+        about["task"], about["size"]
         with torch.device("meta"):  # takes no memory, whatever width the file names
             model = build(config, len(about["mean"]), len(about["classes"]))
         model.load_state_dict(state["model"], assign=True)

@@ -134,14 +134,14 @@ def test_measurements_and_pictures(train, facades, tmp_path):
     frozen = train("table1 --composites --frozen --base", base, out="frozen") / "seed0.pt"
     scratch = train("table1 --composites --tie 0.9", out="scratch") / "seed0.pt"
     segments = train("table2", out="segments") / "seed0.pt"
-    for name, *flags in (["base", "--measure", base], ["frozen", "--measure", frozen],
-                         ["figure1", "--frozen", frozen, "--scratch", scratch],
-                         ["predictions", "--checkpoint", segments],
-                         ["garments", "--checkpoint", base]):
-        flags += ["--device", "cuda", "--images", 12, "--sweep-images", 2, "--data-root", facades]
-        flags += ["--figure", tmp_path / f"{name}.png", "--out", tmp_path / name / "measured"]
+    measured = [["measure", "--checkpoint", run, "--images", 12, "--sweep-images", 2,
+                 "--out", run.parent / "measured"] for run in (base, frozen)]
+    drawn = {"figure1": ["attention", "--frozen", frozen, "--scratch", scratch],
+             "predictions": ["--checkpoint", segments], "garments": ["--checkpoint", base]}
+    drawn = [[*flags, "--figure", tmp_path / f"{name}.png"] for name, flags in drawn.items()]
+    for flags in (*measured, *drawn):
         with posing.device():
-            interpret.main([str(flag) for flag in flags])
+            interpret.main([*map(str, flags), "--device", "cuda", "--data-root", str(facades)])
     base, frozen = (json.loads((tmp_path / name / "measured/seed0.json").read_text())
                     for name in ("base", "frozen"))
     assert set(base["metrics"]["test"]) == {"equivariance_error_zeros",
@@ -224,9 +224,9 @@ def test_a_planted_fault_is_seen(train, monkeypatch, fault):
 @no_gpu
 def test_a_planted_fault_in_a_measurement_is_seen(train, facades, tmp_path, monkeypatch):
     base = train("table1")
-    plant(monkeypatch, "interpret.fourier_shift", "(height, device=x.device)", "(height)")
+    plant(monkeypatch, "lab.equivariance.fourier_shift", "(height, device=x.device)", "(height)")
     with posing.posing(), pytest.raises(RuntimeError, match="at least two devices"):
-        interpret.main(["--measure", str(base / "seed0.pt"), "--out", str(tmp_path / "measured"),
+        interpret.main(["measure", "--checkpoint", str(base / "seed0.pt"), "--out", str(tmp_path / "measured"),
                         "--device", "cuda", "--sweep-images", "2", "--data-root", str(facades)])
 
 
