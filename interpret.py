@@ -185,10 +185,11 @@ def measure_places(bench: Surrogate) -> dict[str, Tensor]:
 def sweep_shifts(bench: Surrogate, count: int) -> dict[str, Tensor]:
     """Every shift by 0 to 28 pixels down and right of grids whose garment lies top left.
 
-    It stays whole. The digits roll around the borders, which cut them; without them a surrogate that has never
-    seen a garment alone guesses. Float32 (29, 29): `sweep_accuracy`, and `sweep_consistency`, the
-    share of grids that keep the prediction they have unshifted. Per grid: `shifted_minus_whole`,
-    its share of right predictions over all shifts less that over the four moves by whole cells.
+    It stays whole. The digits roll around the borders, which cut them; without them a surrogate
+    that has never seen a garment alone guesses. Float32 (29, 29): `sweep_accuracy`, and
+    `sweep_consistency`, the share of grids that keep the prediction they have unshifted. Per grid:
+    `shifted_minus_whole`, its share of right predictions over all shifts less that over the four
+    moves by whole cells.
     """
     start = bench.grids(count, cell=0).split
     side = start.images.shape[-1] // 2 + 1
@@ -378,7 +379,8 @@ def draw_architecture(cfg: Architecture) -> None:
 
 
 COMMANDS = {"predictions": (Predictions, show_predictions),
-            "attention": (Attention, draw_attention), "measure": (Measure, measure), "architecture": (Architecture, draw_architecture)}
+            "attention": (Attention, draw_attention), "measure": (Measure, measure),
+            "architecture": (Architecture, draw_architecture)}
 
 
 def main(argv: list[str] | None = None) -> None:

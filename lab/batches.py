@@ -14,7 +14,7 @@ from lab.files import BadInput
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 (N, C, H, W); targets uint8, (N,) labels or (N, H, W) masks; photos int64 (N,)"""
+    """Images uint8 (N, C, H, W); targets uint8, labels (N,) or masks (N, H, W); photos int64."""
     images: Tensor
     targets: Tensor
     photos: Tensor

@@ -131,7 +131,8 @@ def holm(ps: np.ndarray) -> np.ndarray:
 def sign_flip(differences: list[float]) -> float:
     """Exact two-sided p of the paired sign-flip test.
 
-    That is the share of all choices of signs whose |sum| is as large. ValueError for more than 20 differences.
+    That is the share of all choices of signs whose |sum| is as large. ValueError for more than 20
+    differences.
     """
     if len(differences) > 20:
         raise ValueError(f"{len(differences)} seeds have 2^{len(differences)} choices of signs; "
