@@ -315,7 +315,7 @@ class Run:
     def finish(self, metrics: dict[str, dict], arrays: dict, **more: typing.Any) -> None:
         """Write the trained model, the arrays and, last, the record: where it exists, all is there."""
         described = {name: getattr(self.data, name)
-                     for name in ("name", "task", "synthetic", "classes", "palette", "mean", "std")}
+                     for name in ("name", "task", "synthetic", "own", "classes", "palette", "mean", "std")}
         images = self.data.train.images
         self.record = jsonable({
             **self.identity, "about_data": {**described, "train_images": len(images), "size": images.shape[-1]},
@@ -425,4 +425,5 @@ def predict(model: nn.Module, dataset: Dataset, split: Split, batch: int, dtype:
     """Logits of a whole split in order, in evaluation mode: float32 (N, classes, ...) on its device."""
     model.eval()
     parts = progress(batches.in_order(dataset, split, batch), "evaluation", -(-len(split) // batch))
-    return torch.cat([forward(model, images, dtype) for images, _ in parts])
+    where = split.images.device  # a set too large for the device has logits that are, too
+    return torch.cat([forward(model, images, dtype).to(where) for images, _ in parts])
