@@ -40,7 +40,6 @@ if __name__ == "__main__" and sys.argv[1:] and sys.argv[1] in ELSEWHERE:
 import copy
 import hashlib
 import importlib.util
-import json
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -53,11 +52,12 @@ from torch import Tensor, nn
 import data
 import metrics
 import models
-from lab import cli, devices, engine, forms
+from lab import cli, devices, engine, forms, records
 from lab.batches import Dataset
 from lab.cli import flag
-from lab.files import BadInput, jsonable, write_atomic
+from lab.files import BadInput
 from lab.forms import FORMS, ParityError
+from lab.provenance import environment
 
 # deprecated; here they make one form of many
 warnings.filterwarnings("ignore", "`torch.jit|torch.quantize_per_tensor")
@@ -89,8 +89,8 @@ class Config:
 def describe(model: nn.Module, record: dict) -> dict[str, str]:
     """What every form carries: plain text that needs no parser but a split at commas."""
     about = record["about_data"]
-    palette = data.FACADE_PALETTE if "arch" in record["config"] else ()
-    content = (json.dumps(record, indent=1) + "\n").encode()
+    palette = about["palette"] or ()
+    content = records.encoded(record)
     join = lambda values: ",".join(map(str, values))
     return {"input": forms.INPUT, "classes": join(about["classes"]),
             "palette": join(bytes(colour).hex() for colour in palette),
@@ -146,12 +146,15 @@ class Maker:
 
 # ---- parity ----
 
-def compare(logits: Tensor, exact: Tensor, targets: Tensor, names: tuple[str, ...]) -> dict:
-    """How a form's logits compare with the model's, and the metrics they reach on the split."""
-    score = metrics.segmentation if exact.ndim == 4 else metrics.classification
-    kept = ("accuracy", "map", "wgap", "miou")
-    scores = {key: value for key, value in score(logits, targets, names).items() if key in kept}
-    return forms.compare(logits, exact, scores)
+SCORES = {"classification": (metrics.classification, ("accuracy",)),
+          "segmentation": (metrics.segmentation, ("map", "wgap", "miou"))}
+
+
+def compare(logits: Tensor, exact: Tensor, dataset: Dataset) -> dict:
+    """How a form's logits compare with the model's, and what it scores on the held-out split."""
+    score, keys = SCORES[dataset.task]
+    scores = score(logits, dataset.test.targets, dataset.classes)
+    return forms.compare(logits, exact, {key: scores[key] for key in keys})
 
 
 def show(name: str, found: dict) -> None:
@@ -173,7 +176,7 @@ def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: Dataset, batch: 
         there = dataset.to(device)
         exact[device] = engine.predict(copy.deepcopy(model).to(device), there, there.test, batch,
                                        torch.float32).cpu()
-    passed = {"eager": compare(exact[cpu], exact[cpu], split.targets, dataset.classes)}
+    passed = {"eager": compare(exact[cpu], exact[cpu], dataset)}
     failed = {}
     print(f"{dataset.name}, {len(split)} {dataset.held_out} images")
     show("eager", passed["eager"])
@@ -182,9 +185,9 @@ def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: Dataset, batch: 
         path, on = maker.paths[name], maker.device if FORMS[name].on_device else cpu
         form = forms.open_form(path)
         logits = forms.logits_of(lambda images: form(images.to(on)), split.images, batch)
-        found = compare(logits, exact[on], split.targets, dataset.classes)
+        found = compare(logits, exact[on], dataset)
         show(name, found)
-        forms.gate(name, found, passed["eager"], "map" if "map" in found else "accuracy")
+        forms.gate(name, found, passed["eager"], SCORES[dataset.task][1][0])
         return {"file": path.name, "bytes": path.stat().st_size, **found}
 
     for name in filter(cfg.asked, FORMS):
@@ -223,11 +226,10 @@ def main(argv: list[str] | None = None) -> None:
     if written:
         report = {"checkpoint": Path(cfg.checkpoint).name, **about, "split": dataset.held_out,
                   "images": len(dataset.test), "size": dataset.test.images.shape[-1],
-                  "environment": engine.environment(device, torch.float32),
+                  "environment": environment(device, torch.float32),
                   "onnxruntime": onnxruntime.__version__,
                   "forms": passed, "failed": failed}
-        content = json.dumps(jsonable(report), indent=1) + "\n"
-        write_atomic(out / "parity.json", content.encode())
+        records.write(out / "parity.json", report)
         print(f"models {out}/")
     if failed:
         reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())

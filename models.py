@@ -21,8 +21,9 @@ from lab.batches import VOID
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity}
 
 
-def conv_norm(cin: int, cout: int, kernel: int, stride: int = 1, norm: bool = True) -> nn.Sequential:
-    """A padded convolution and its BatchNorm; without the norm the convolution gets a bias instead."""
+def conv_norm(cin: int, cout: int, kernel: int, stride: int = 1,
+              norm: bool = True) -> nn.Sequential:
+    """A padded convolution and its BatchNorm; without the norm the convolution has a bias."""
     conv = nn.Conv2d(cin, cout, kernel, stride, padding=(kernel - 1) // 2, bias=not norm)
     return nn.Sequential(conv, nn.BatchNorm2d(cout) if norm else nn.Identity())
 
@@ -32,7 +33,8 @@ def check_size(x: Tensor, stride: int) -> None:
     """Refuse an image whose height or width cannot be halved down to 1/stride: ValueError."""
     height, width = x.shape[-2], x.shape[-1]
     if height % stride != 0 or width % stride != 0 or height == 0 or width == 0:
-        raise ValueError(f"input is {height}x{width}: height and width must be multiples of {stride}")
+        raise ValueError(f"input is {height}x{width}: height and width must be multiples of "
+                         f"{stride}")
 
 
 class ResidualBlock(nn.Module):
@@ -42,7 +44,8 @@ class ResidualBlock(nn.Module):
     (N, cin, H, W) -> (N, cout, H/stride, W/stride).
     """
 
-    def __init__(self, cin: int, cout: int, stride: int = 1, skip: bool = True, norm: bool = True, act: str = "relu"):
+    def __init__(self, cin: int, cout: int, stride: int = 1, skip: bool = True, norm: bool = True,
+                 act: str = "relu"):
         super().__init__()
         self.conv1 = conv_norm(cin, cout, 3, stride, norm)
         self.conv2 = conv_norm(cout, cout, 3, 1, norm)
@@ -59,16 +62,18 @@ class ResidualBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention over all positions, then an MLP (Vaswani et al. 2017; Xiong et al. 2020).
+    """Pre-norm self-attention over all positions, then an MLP (Vaswani et al. 2017; Xiong et al.
+    2020).
 
-    Positions come from a depthwise 3x3 convolution (Chu et al. 2021, section 3.2), so any image size
-    runs. It takes a ResidualBlock's arguments: `skip` switches the residual adds, `norm` the
+    Positions come from a depthwise 3x3 convolution (Chu et al. 2021, section 3.2), so any image
+    size runs. It takes a ResidualBlock's arguments: `skip` switches the residual adds, `norm` the
     LayerNorms, `act` the MLP's activation. (N, cin, H, W) -> (N, cout, H/stride, W/stride).
     """
 
     HEAD = 32  # channels of one attention head
 
-    def __init__(self, cin: int, cout: int, stride: int = 1, skip: bool = True, norm: bool = True, act: str = "relu"):
+    def __init__(self, cin: int, cout: int, stride: int = 1, skip: bool = True, norm: bool = True,
+                 act: str = "relu"):
         super().__init__()
         same = cin == cout and stride == 1
         self.entry = nn.Identity() if same else nn.Conv2d(cin, cout, stride, stride)
@@ -77,13 +82,15 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(cout) if norm else nn.Identity()
         self.qkv = nn.Linear(cout, 3 * cout)
         self.project = nn.Linear(cout, cout)
-        self.mlp = nn.Sequential(nn.Linear(cout, 4 * cout), ACTIVATIONS[act](), nn.Linear(4 * cout, cout))
+        self.mlp = nn.Sequential(nn.Linear(cout, 4 * cout), ACTIVATIONS[act](),
+                                 nn.Linear(4 * cout, cout))
         self.heads = max(1, cout // self.HEAD)
         self.skip = skip
 
     def attend(self, x: Tensor) -> Tensor:
         n, positions, width = x.shape
-        qkv = self.qkv(x).view(n, positions, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(n, positions, 3, self.heads, width // self.heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
         return self.project(y.transpose(1, 2).reshape(n, positions, width))
 
@@ -100,9 +107,9 @@ class TransformerBlock(nn.Module):
 
 
 class BlurPool(nn.Module):
-    """Anti-aliased 2x2 max-pool (Zhang 2019, section 3.2): a max at every pixel, then a blur of stride 2.
+    """Anti-aliased 2x2 max-pool (Zhang 2019, section 3.2): a max everywhere, then a blur, stride 2.
 
-    The blur is the 3x3 binomial filter, which is a 2x2 average twice. (N, C, H, W) -> (N, C, H/2, W/2).
+    The blur is the 3x3 binomial filter, a 2x2 average twice. (N, C, H, W) -> (N, C, H/2, W/2).
     """
 
     def __init__(self) -> None:
@@ -128,8 +135,9 @@ class VGGResNet(nn.Module):
 
     stride = 4  # input pixels per feature cell
 
-    def __init__(self, depth: int = 2, width: int = 32, down: str = "maxpool", skip: bool = True, norm: bool = True,
-                 act: str = "relu", block: str = "residual", channels: int = 1, classes: int = 10):
+    def __init__(self, depth: int = 2, width: int = 32, down: str = "maxpool", skip: bool = True,
+                 norm: bool = True, act: str = "relu", block: str = "residual", channels: int = 1,
+                 classes: int = 10):
         super().__init__()
         layers: list[nn.Module] = []
         for stage in range(3):
@@ -149,7 +157,7 @@ class VGGResNet(nn.Module):
         self.frozen = False
 
     def freeze(self) -> None:
-        """From now on train the classifier alone: the stages keep their weights and BatchNorm statistics."""
+        """From now on train the classifier alone: the stages keep weights and statistics."""
         self.frozen = True
         self.stages.requires_grad_(False).eval()
 
@@ -186,7 +194,8 @@ class Level(nn.Module):
         if len(widths) > 1:
             self.inner = Level(width, widths[1:], inter_skip, dropout, skip, norm, act)
         else:
-            self.inner = nn.Sequential(ResidualBlock(width, width, 1, skip, norm, act), nn.Dropout(dropout))
+            self.inner = nn.Sequential(ResidualBlock(width, width, 1, skip, norm, act),
+                                       nn.Dropout(dropout))
         self.up = ResidualBlock(width, cin, 1, skip, norm, act)
         self.inter_skip = inter_skip
 
@@ -197,23 +206,27 @@ class Level(nn.Module):
 
 
 class HourGlass(nn.Module):
-    """HourGlass(hourglasses, width) of the report's Table 2: a stem, so many hourglasses in a row, a 1x1 head.
+    """HourGlass(hourglasses, width) of the report's Table 2.
 
-    Each hourglass has four levels of widths b, 2b, 4b, 8b. `intra_skip` is the residual add inside
-    every block, `inter_skip` the sum of an encoder level into the decoder level of its size.
+    A stem, so many hourglasses in a row, a 1x1 head. Each hourglass has four levels of widths b,
+    2b, 4b, 8b. `intra_skip` is the residual add inside every block, `inter_skip` the sum of an
+    encoder level into the decoder level of its size.
 
-    Input (N, channels, H, W) with H and W multiples of 16, else ValueError; logits (N, classes, H, W).
+    Input (N, channels, H, W) with H and W multiples of 16, else ValueError; logits
+    (N, classes, H, W).
     """
 
     stride = 16
 
-    def __init__(self, hourglasses: int = 2, width: int = 32, intra_skip: bool = True, inter_skip: bool = True,
-                 norm: bool = True, act: str = "relu", dropout: float = 0.2, channels: int = 3, classes: int = 5):
+    def __init__(self, hourglasses: int = 2, width: int = 32, intra_skip: bool = True,
+                 inter_skip: bool = True, norm: bool = True, act: str = "relu",
+                 dropout: float = 0.2, channels: int = 3, classes: int = 5):
         super().__init__()
         widths = [width * 2**level for level in range(4)]
         self.stem = ResidualBlock(channels, width, 1, intra_skip, norm, act)
         self.hourglasses = nn.Sequential(
-            *[Level(width, widths, inter_skip, dropout, intra_skip, norm, act) for _ in range(hourglasses)])
+            *[Level(width, widths, inter_skip, dropout, intra_skip, norm, act)
+              for _ in range(hourglasses)])
         self.head = nn.Conv2d(width, classes, 1)
 
     def features(self, x: Tensor) -> Tensor:
@@ -228,7 +241,8 @@ class HourGlass(nn.Module):
 class UNet(nn.Module):
     """U-Net (Ronneberger et al. 2015, figure 1), padded, with BatchNorm; widths b to 16b.
 
-    Input (N, channels, H, W) with H and W multiples of 16, else ValueError; logits (N, classes, H, W).
+    Input (N, channels, H, W) with H and W multiples of 16, else ValueError; logits
+    (N, classes, H, W).
     """
 
     stride = 16
@@ -236,7 +250,8 @@ class UNet(nn.Module):
     def __init__(self, width: int = 32, channels: int = 3, classes: int = 5):
         super().__init__()
         widths = [width * 2**level for level in range(5)]
-        self.down = nn.ModuleList([self.double(cin, cout) for cin, cout in zip([channels] + widths, widths)])
+        self.down = nn.ModuleList([self.double(cin, cout)
+                                   for cin, cout in zip([channels] + widths, widths)])
         pairs = list(zip(widths[:0:-1], widths[-2::-1]))  # (16b, 8b) down to (2b, b)
         self.expand = nn.ModuleList([nn.ConvTranspose2d(cin, cout, 2, 2) for cin, cout in pairs])
         self.up = nn.ModuleList([self.double(2 * cout, cout) for _, cout in pairs])
@@ -265,23 +280,35 @@ class UNet(nn.Module):
 FAMILIES = {"vgg-resnet": VGGResNet, "hourglass": HourGlass, "unet": UNet}
 
 
-def build(settings: dict, channels: int, classes: int) -> nn.Module:
+def settings_of(config: dict) -> dict:
+    """Those of a run's settings that its network is made of: its constructor's parameters.
+
+    config is that of a record, or a training script's Config as a dict. It names a family (`arch`;
+    without one a VGG-ResNet).
+    """
+    family = FAMILIES[config.get("arch", "vgg-resnet")]
+    return {name: config[name] for name in inspect.signature(family).parameters if name in config}
+
+
+def build(config: dict, channels: int, classes: int) -> nn.Module:
     """The network that a run's settings name, for a data set's channels and classes.
 
-    settings is the `config` of a record, or a training script's Config as a dict. It names a family
-    (`arch`; without one a VGG-ResNet) and may hold any of its constructor's parameters. One that is
-    missing takes its default, so that a run from before a setting was added can be opened.
+    config as in `settings_of`. A parameter that it lacks takes its default, so that a run from
+    before a setting was added can be opened.
     """
-    family = FAMILIES[settings.get("arch", "vgg-resnet")]
-    taken = {name: settings[name] for name in inspect.signature(family).parameters if name in settings}
-    return family(**{**taken, "channels": channels, "classes": classes})
+    family = FAMILIES[config.get("arch", "vgg-resnet")]
+    return family(**{**settings_of(config), "channels": channels, "classes": classes})
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose BatchNorms are part of the convolutions before them; the same logits to 1e-5."""
+    """A copy in evaluation mode whose BatchNorms are part of the convolutions before them.
+
+    It gives the same logits to 1e-5.
+    """
     model = copy.deepcopy(model).eval()
     for layers in model.modules():
-        if isinstance(layers, nn.Sequential) and isinstance(layers[-1], (nn.BatchNorm2d, nn.Identity)):
+        if isinstance(layers, nn.Sequential) and isinstance(
+                layers[-1], (nn.BatchNorm2d, nn.Identity)):
             if isinstance(layers[-1], nn.BatchNorm2d):
                 layers[0] = nn.utils.fuse_conv_bn_eval(layers[0], layers[1])
             del layers[-1]
@@ -289,9 +316,9 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
 
 class Deployed(nn.Module):
-    """A trained model behind its normalisation, in evaluation mode: uint8 (N, C, H, W) -> float32 logits.
+    """A trained model behind its normalisation: uint8 (N, C, H, W) -> float32 logits.
 
-    mean and std are of images in [0, 1], one value a channel.
+    It is in evaluation mode. mean and std are of images in [0, 1], one value a channel.
     """
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
@@ -303,7 +330,8 @@ class Deployed(nn.Module):
         self.eval().requires_grad_(False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        return (images.float() * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
+        images = images.float() * self.scale + self.shift
+        return images.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(self.normalise(images))

@@ -20,9 +20,11 @@ import torch
 import metrics
 import models
 from data import find_root, load_composites, load_fashion
-from lab import cli, engine
+from lab import cli, engine, records
 from lab.cli import flag
+from lab.distributed import join_group
 from lab.files import BadInput
+from lab.provenance import weights_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,13 @@ class Config(engine.Settings):
     norm: bool = flag(True, "BatchNorm after each convolution")
     act: typing.Literal["relu", "gelu", "none"] = flag("relu", "activation")
     block: typing.Literal["residual", "transformer"] = flag("residual", "blocks of the last stage")
-    composites: bool = flag(False, "train on 2x2 grids of one Fashion-MNIST image and three MNIST digits")
-    tie: float = flag(0.0, "composites: strength of the spurious tie of Trouser to the digit 3, 0 to 1")
+    composites: bool = flag(
+        False, "train on 2x2 grids of one Fashion-MNIST image and three MNIST digits")
+    tie: float = flag(
+        0.0, "composites: strength of the spurious tie of Trouser to the digit 3, 0 to 1")
     frozen: bool = flag(False, "keep the features of --base and train the classifier alone")
-    base: str | None = flag(None, "frozen: seed<k>.pt of a finished run of the same network", local=True)
+    base: str | None = flag(
+        None, "frozen: seed<k>.pt of a finished run of the same network", local=True)
     train_images: int = flag(60000, "use only the first so many training images")
     epochs: int = flag(20, "passes over the training split")
     batch: int = flag(128, "images a step")
@@ -47,7 +52,8 @@ class Config(engine.Settings):
         super().__post_init__()
         for name in ("depth", "width", "train_images"):
             if getattr(self, name) < 1:
-                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at "
+                               f"least 1")
         if not 0 <= self.tie <= 1:
             raise BadInput(f"--tie {self.tie}: must be in [0, 1]")
         if self.tie and not self.composites:
@@ -67,15 +73,16 @@ PROTOCOLS = {
 def base_weights(cfg: Config) -> dict[str, torch.Tensor]:
     """The weights that --frozen starts from. BadInput if --base is another network."""
     model, record = engine.load_trained(Path(cfg.base), torch.device("cpu"), models.build)
-    for name in ("depth", "width", "down", "skip", "norm", "act", "block"):
-        if record["config"].get(name) != asdict(cfg)[name]:
-            raise BadInput(f"--base {cfg.base} has {name} {record['config'].get(name)}, this run has "
-                           f"{asdict(cfg)[name]}: give the flags that it was trained with")
+    other = records.differing(record, engine.settings_of(cfg), models.settings_of(asdict(cfg)))
+    for name, (theirs, ours) in other.items():
+        raise BadInput(f"--base {cfg.base} has {name} {theirs}, this run has {ours}: give the "
+                       f"flags that it was trained with")
     return model.state_dict()
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli.parse(Config, __doc__, argv, PROTOCOLS)
+    join_group(cfg.device)
     root = find_root(cfg.data_root)
     if cfg.composites:
         dataset = load_composites(root, cfg.split, cfg.train_images, cfg.tie)
@@ -86,13 +93,15 @@ def main(argv: list[str] | None = None) -> None:
         run.model.freeze()
     if run.record is None:
         engine.fit(run, models.cross_entropy)
-        run.finish(*run.evaluate(metrics.classification, lambda logits, split: {
-            "prediction": logits.argmax(1).byte().cpu().numpy(), "target": split.targets.cpu().numpy()}),
-            features_sha256=engine.weights_digest(run.model.stages) if cfg.frozen else None)
+        scores, arrays = run.evaluate(metrics.classification, lambda logits, split: {
+            "prediction": logits.argmax(1).byte().cpu().numpy(),
+            "target": split.targets.cpu().numpy()})
+        run.finish(scores, arrays,
+                   features_sha256=weights_digest(run.model.stages) if cfg.frozen else None)
     for name, scores in run.record["metrics"].items():
         print(f"{name} accuracy {100 * scores['accuracy']:.2f}% of {scores['images']} images "
               f"of {run.record['about_data']['name']}")
-    print("dry run passed" if cfg.dry_run else f"record {run.record_file}")
+    print("dry run passed" if cfg.dry_run else f"record {run.files.record}")
 
 
 if __name__ == "__main__":

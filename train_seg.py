@@ -1,6 +1,6 @@
 """Train and evaluate one segmentation network on the facades: one row of Table 2, one seed.
 
-    python train_seg.py                                  HourGlass(2*32), weighted cross entropy, 40 epochs
+    python train_seg.py                                  HourGlass(2*32), weighted cross entropy
     python train_seg.py --width 64 --loss wce
     python train_seg.py --hourglasses 4 --no-inter-skip
     python train_seg.py --arch unet --loss dice --seed 1
@@ -20,12 +20,14 @@ import models
 from data import find_root, load_facades
 from lab import cli, engine
 from lab.cli import flag
+from lab.distributed import join_group
 from lab.files import BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(engine.Settings):
-    arch: typing.Literal["hourglass", "unet"] = flag("hourglass", "network; unet takes --width alone")
+    arch: typing.Literal["hourglass", "unet"] = flag(
+        "hourglass", "network; unet takes --width alone")
     hourglasses: int = flag(2, "hourglasses in a row")
     width: int = flag(32, "channels at full resolution; they double at each halving")
     intra_skip: bool = flag(True, "residual add inside each block")
@@ -33,8 +35,10 @@ class Config(engine.Settings):
     norm: bool = flag(True, "BatchNorm after each convolution")
     act: typing.Literal["relu", "gelu", "none"] = flag("relu", "activation")
     dropout: float = flag(0.2, "share of the bottleneck's values that are dropped")
-    loss: typing.Literal["wce", "ce", "dice"] = flag("wce", "weighted cross entropy, cross entropy, or Dice")
-    weight_power: float = flag(0.5, "wce: a class weighs its share of the training pixels to the -power")
+    loss: typing.Literal["wce", "ce", "dice"] = flag(
+        "wce", "weighted cross entropy, cross entropy, or Dice")
+    weight_power: float = flag(
+        0.5, "wce: a class weighs its share of the training pixels to the -power")
     size: int = flag(256, "pixels a side that images and masks are resized to")
     epochs: int = flag(40, "passes over the training split")
     batch: int = flag(16, "images a step")
@@ -45,14 +49,16 @@ class Config(engine.Settings):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.size < 16 or self.size % 16:
-            raise BadInput(f"--size {self.size}: must be a multiple of 16, the networks halve four times")
+            raise BadInput(f"--size {self.size}: must be a multiple of 16, the networks halve four "
+                           f"times")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"--dropout {self.dropout}: must be in [0, 1)")
         if not math.isfinite(self.weight_power):
             raise BadInput(f"--weight-power {self.weight_power}: must be finite")
         for name in ("hourglasses", "intra_skip", "inter_skip", "norm", "act", "dropout"):
             if self.arch == "unet" and getattr(self, name) != getattr(Config, name):
-                raise BadInput(f"--{name.replace('_', '-')} switches the hourglass; --arch unet takes --width alone")
+                raise BadInput(f"--{name.replace('_', '-')} switches the hourglass; --arch unet "
+                               f"takes --width alone")
 
 
 PROTOCOLS = {
@@ -65,27 +71,32 @@ PROTOCOLS = {
 
 def main(argv: list[str] | None = None) -> None:
     cfg = cli.parse(Config, __doc__, argv, PROTOCOLS)
+    join_group(cfg.device)
     dataset = load_facades(find_root(cfg.data_root), cfg.split, cfg.size)
     run = engine.Run(cfg, dataset, models.build)
     if run.record is None:
         counts = run.data.train.class_counts(len(dataset.classes))
         weights = models.class_weights(counts, cfg.weight_power).to(run.device)
-        losses = {"wce": functools.partial(models.cross_entropy, weight=weights), "ce": models.cross_entropy,
-                  "dice": models.dice_loss}
+        losses = {"wce": functools.partial(models.cross_entropy, weight=weights),
+                  "ce": models.cross_entropy, "dice": models.dice_loss}
         if cfg.loss == "wce":
-            print("class weights " + "  ".join(f"{n} {w:.2f}" for n, w in zip(dataset.classes, weights.tolist())))
+            print("class weights " + "  ".join(
+                f"{name} {weight:.2f}" for name, weight in zip(dataset.classes, weights.tolist())))
         engine.fit(run, losses[cfg.loss], flip=True)
-        scores, arrays = run.evaluate(metrics.segmentation, lambda logits, split: metrics.score_histograms(
-            logits.softmax(1), split.targets, split.photos))
+        scores, arrays = run.evaluate(
+            metrics.segmentation, lambda logits, split: metrics.score_histograms(
+                logits.softmax(1), split.targets, split.photos))
         run.finish(scores, arrays, class_pixels=counts.tolist(),
                    class_weights=weights.tolist() if cfg.loss == "wce" else None)
     for name, scores in run.record["metrics"].items():
-        print(f"{name}: MAP {100 * scores['map']:.1f}  WGAP {100 * scores['wgap']:.1f}  mIoU {100 * scores['miou']:.1f}"
-              f"  pixel accuracy {100 * scores['pixel_accuracy']:.1f}"
-              f"  ({scores['images']} images of {run.record['about_data']['name']})")
-    print(metrics.class_table({f"{split} {key.upper()}": scores[key]
-                               for split, scores in run.record["metrics"].items() for key in ("ap", "iou")}))
-    print("dry run passed" if cfg.dry_run else f"record {run.record_file}")
+        print(f"{name}: MAP {100 * scores['map']:.1f}  WGAP {100 * scores['wgap']:.1f}  "
+              f"mIoU {100 * scores['miou']:.1f}  "
+              f"pixel accuracy {100 * scores['pixel_accuracy']:.1f}  "
+              f"({scores['images']} images of {run.record['about_data']['name']})")
+    print(metrics.class_table({
+        f"{split} {key.upper()}": scores[key]
+        for split, scores in run.record["metrics"].items() for key in ("ap", "iou")}))
+    print("dry run passed" if cfg.dry_run else f"record {run.files.record}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Data sets as bytes, on the training device or beside it, and their batches."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lab.devices import free_memory
+from lab.files import BadInput
 
 VOID = 255  # in a mask: a pixel that no one has labelled, out of losses, metrics and weights
 
@@ -87,6 +89,34 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 @functools.cache  # made once: a copy to a GPU in each step would wait for it
 def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+def check_fit(data: Dataset, model: nn.Module) -> None:
+    """BadInput where a set and a network do not fit together: before training, not in its midst."""
+    classes = len(data.classes)
+    for name, split in (("train", data.train), (data.held_out, data.test)):
+        if len(split) == 0:
+            raise BadInput(f"{data.name}: its {name} split has no image")
+        targets = split.targets
+        if targets.ndim > 1:
+            targets = targets.where(targets != VOID, 0)
+        if (most := int(targets.max())) >= classes:
+            raise BadInput(f"{data.name}: a target of the {name} split is {most}, but the "
+                           f"{classes} classes are 0 to {classes - 1}; name that class, or mend "
+                           f"the target")
+    shape = tuple(data.train.images.shape[1:])
+    form = copy.deepcopy(model).to("meta").eval()
+    try:
+        with torch.no_grad():
+            logits = form(torch.empty(1, *shape, device="meta"))
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{data.name}: the network does not take its images of {shape} "
+                       f"({reason})") from error
+    expected = (1, classes, *data.train.targets.shape[1:])
+    if tuple(logits.shape) != expected:
+        raise BadInput(f"{data.name}: the network gives {tuple(logits.shape)} for an image, where "
+                       f"its targets and {classes} classes want {expected}")
 
 
 def taken(data: Dataset, split: Split,

@@ -39,6 +39,12 @@ def local(config: object) -> set[str]:
     return {setting.name for setting in dataclasses.fields(config) if setting.metadata["local"]}
 
 
+def defaults(config: type) -> dict[str, object]:
+    """{setting: its default} of all settings of a config that are not local."""
+    return {setting.name: setting.default for setting in dataclasses.fields(config)
+            if not setting.metadata["local"]}
+
+
 class Parser(argparse.ArgumentParser):
     """One line for a wrong flag, where argparse prints the whole usage too."""
 
@@ -46,17 +52,33 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see {self.prog} -h")
 
 
-def parse(config: type, doc: str, argv: list[str] | None = None,
-          protocols: dict[str, dict] | None = None) -> typing.Any:
-    """Command line -> config: its defaults, over them the chosen protocol's, over them the flags given.
+def run_command(commands: dict[str, tuple[type, Callable]], doc: str,
+                argv: list[str] | None = None) -> None:
+    """Run the command, of {name: (config, function of it)}, that the first word of argv names.
 
-    protocols are {name: settings}, the first one the default of `--protocol`; without them config has none.
+    Where it names none, the first command is meant.
     """
-    parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    argv = sys.argv[1:] if argv is None else argv
+    name = next(iter(commands))
+    if argv and argv[0] in commands:
+        name, *argv = argv
+    config, function = commands[name]
+    function(parse(config, doc, argv, prog=f"{Path(sys.argv[0]).name} {name}"))
+
+
+def parse(config: type, doc: str, argv: list[str] | None = None,
+          protocols: dict[str, dict] | None = None, prog: str | None = None) -> typing.Any:
+    """Command line -> config: its defaults, over them the protocol's, over them the flags given.
+
+    protocols are {name: settings}, the first one the default of `--protocol`; without them config
+    has none.
+    """
+    parser = Parser(prog, description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     own = config.__annotations__  # what the script adds comes first
     for setting in sorted(dataclasses.fields(config), key=lambda setting: setting.name not in own):
-        options = {"help": setting.metadata["help"] + ("" if setting.default is None else f" ({setting.default})")}
+        default = "" if setting.default is None else f" ({setting.default})"
+        options = {"help": setting.metadata["help"] + default}
         if setting.name == "protocol" and protocols:
             options["choices"] = list(protocols)
         elif setting.type is bool:
@@ -71,9 +93,11 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
         parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)
     if protocols is None:
         return config(**vars(parser.parse_args(argv)))
+    flags_of = lambda values: "  ".join(f"--{key.replace('_', '-')} {value}"
+                                        for key, value in values.items())
     parser.epilog = "protocols:\n" + "\n".join(
-        f"  {name:<8}" + ("  ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items()) or
-                          "the defaults above") for name, values in protocols.items())
+        f"  {name:<8}{flags_of(values) or 'the defaults above'}"
+        for name, values in protocols.items())
     given = vars(parser.parse_args(argv))
     protocol = given.get("protocol", next(iter(protocols)))
     base = config(**{**protocols[protocol], "protocol": protocol})
@@ -83,7 +107,8 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
     return dataclasses.replace(base, **{"out": str(out), **given})
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, kill, and what schedulers send before they preempt
+# Ctrl-C, kill, and what schedulers send before they preempt
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
@@ -99,7 +124,10 @@ class Stopped(BaseException):
 
 
 def guard(main: Callable[[], None]) -> int:
-    """Run a script's main; what is the user's to mend becomes one line and an exit code, 2 for bad input."""
+    """Run a script's main: what is the user's to mend becomes one line and an exit code.
+
+    2 for bad input, 1 for what failed on the way, 128 + the signal for a stop.
+    """
     try:
         with handling(STOPPING, raise_stopped):
             main()
@@ -116,7 +144,8 @@ def guard(main: Callable[[], None]) -> int:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             message, code = "out of memory: lower --batch first, then --size or --width", 2
         elif dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-            message, code = "another process of the group has ended; run the same command to go on", 1
+            message = "another process of the group has ended; run the same command to go on"
+            code = 1
         else:
             raise
     shared = dist.is_initialized() and dist.get_world_size() > 1
@@ -131,7 +160,7 @@ def raise_stopped(number: int, frame: object) -> typing.NoReturn:
 
 @contextlib.contextmanager
 def handling(signals: tuple[int, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handle the signals inside the block; outside the main thread, where Python allows it not, do nothing."""
+    """Handle the signals inside the block, if in the main thread: Python allows it nowhere else."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -17,11 +17,14 @@ def pick_device(name: str) -> torch.device:
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
         torch.empty(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from error
+        raise BadInput(f"--device {name}: not usable here ({str(error).splitlines()[0]}); "
+                       f"try --device cpu") from error
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -59,7 +62,7 @@ def counters(path: Path) -> dict[str, int]:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from returning every large tensor's pages to the system, only to fault them in again next step."""
+    """Stop glibc from giving a large tensor's pages back, only to fault them in again next step."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: the largest block that comes from the heap, 1 GiB
@@ -70,7 +73,8 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The type that convolutions run in under autocast; "auto" is bfloat16 where it is native."""
     if precision == "auto":
         # without native bfloat16 a CPU emulates it, slower than float32
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        native = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+                  torch.cpu._is_avx512_bf16_supported())
         precision = "bf16" if native else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
@@ -81,9 +85,9 @@ def cpu_lines() -> list[str]:
 
 
 def instruction_sets() -> list[str]:
-    """Those that decide which kernels run here, and so which last bits come out: torch's own choice first."""
-    known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp",
-             "i8mm", "sve")
+    """Those that decide which kernels run, and so the last bits: torch's own choice comes first."""
+    known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
+             "asimddp", "i8mm", "sve")
     flags = next((line.split(":")[1].split() for line in cpu_lines()
                   if line.startswith(("flags", "Features"))), [])
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")

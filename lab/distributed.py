@@ -25,27 +25,30 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join_group(name: str) -> torch.device:
-    """The device of this process, see `pick_device`; under torchrun it has joined the others.
-
-    The first process alone speaks and writes.
-    """
-    if not dist.is_torchelastic_launched():
-        return pick_device(name)
-    if name in ("auto", "cuda") and torch.cuda.is_available():
+def own_device(name: str) -> torch.device:
+    """The device of this process, see `pick_device`: each has a GPU of its own under torchrun."""
+    if dist.is_torchelastic_launched() and name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(name)
+    return pick_device(name)
+
+
+def join_group(name: str) -> None:
+    """Under torchrun, join the other processes; the first alone speaks from now on, and writes.
+
+    name is that of the device, as in `own_device`. A script calls it once, before `engine.Run`.
+    """
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    device = own_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-    return device
 
 
 def leave_group() -> None:
-    """After training: the first process goes on alone, the others are done."""
+    """After training: the first process goes on alone, the others end here."""
     if dist.is_initialized():
         done = rank() > 0
         dist.destroy_process_group()
@@ -54,19 +57,20 @@ def leave_group() -> None:
 
 
 def from_first(state: typing.Any) -> typing.Any:
-    """The first process's state in every process, sent as a checkpoint is stored: no peer can run code by it."""
+    """The first process's state in every process, sent as a checkpoint is: it can run no code."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     size = torch.tensor(buffer.tell())
     dist.broadcast(size, 0)
-    content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8) if rank() == 0 else (
-        torch.empty(int(size), dtype=torch.uint8))
+    content = torch.empty(int(size), dtype=torch.uint8)
+    if rank() == 0:
+        content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
     dist.broadcast(content, 0)
     return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
 
 
 def any_signal(stops: list[int]) -> int:
-    """The signal that this process, or any of the group, was sent so far, else 0: all leave at the same step."""
+    """The signal that any process of the group was sent so far, else 0: all leave at one step."""
     own = stops[0] if stops else 0
     if not dist.is_initialized():
         return own
@@ -103,7 +107,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
 
 class AllMean(torch.autograd.Function):
-    """The mean of a tensor over all processes; so is its gradient, as each has a part in every process's mean."""
+    """The mean of a tensor over all processes; so is its gradient: each is part of every mean."""
 
     @staticmethod
     def forward(ctx: typing.Any, value: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ class AllMean(torch.autograd.Function):
 
 
 class SharedDropout(nn.Dropout):
-    """Dropout that draws for the whole batch and drops in this process's part: what one process would drop."""
+    """Dropout that draws for the whole batch: it drops in a part what one process would drop."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
@@ -124,7 +128,7 @@ class SharedDropout(nn.Dropout):
 
 
 class Replica(nn.Module):
-    """A model whose step is shared: the forward pass of a part of the batch here, and the logits of all of it.
+    """A model whose step is shared: a part's forward pass here, and the logits of the whole batch.
 
     Every process computes the loss of the whole batch, so a loss that divides by something of the
     batch (class weights, Dice) is what it is in one process. A process differentiates its own part;
@@ -144,7 +148,8 @@ class Replica(nn.Module):
     def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         logits = self.step_forward(self.model, images, dtype)
         logits.register_hook(lambda gradient: gradient * ranks())
-        everyone = [torch.empty_like(logits, memory_format=torch.contiguous_format) for _ in range(ranks())]
+        everyone = [torch.empty_like(logits, memory_format=torch.contiguous_format)
+                    for _ in range(ranks())]
         dist.all_gather(everyone, logits.detach().contiguous())
         everyone[rank()] = logits
         return torch.cat(everyone)

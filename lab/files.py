@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with suspicion. Needs no torch until a checkpoint is read.
+"""Files: written whole or not at all, and read with suspicion. Only a checkpoint needs torch.
 
 There is one way to read an image, for training, prediction and interpretation, and cpp/runner.cpp
 has the same rules: turned as its orientation tag says; of 16 bits a channel the highest 8; gamma
@@ -8,7 +8,6 @@ one way to bring it to the size that a network was trained at, and a mask back.
 
 import hashlib
 import io
-import json
 import math
 import os
 import typing
@@ -165,20 +164,24 @@ def mask_to(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def tree_digest(entries: list[tuple[str, bytes]]) -> str:
     """sha256 over the lines "sha256  relative/path" of a set's files, sorted by path."""
-    lines = [f"{hashlib.sha256(content).hexdigest()}  {path}\n" for path, content in sorted(entries)]
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()  # a name may be no UTF-8
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {path}\n"
+             for path, content in sorted(entries)]
+    text = "".join(lines).encode(errors="surrogateescape")  # a name may be no UTF-8
+    return hashlib.sha256(text).hexdigest()
 
 
-# ---- checkpoints and records ----
+# ---- checkpoints ----
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of this project, unpickled without running code. BadInput if it is anything else."""
+    """A checkpoint of this project, unpickled without running code. BadInput for anything else."""
     import torch
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
+        # torch.load does not look at the checksums that torch.save wrote
+        with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                # torch.save never compresses, and a small file could unpack to any size; a file with the attribute
-                # of a folder is empty to torch.load: its tensor would be whatever lay in memory
+                # torch.save never compresses, and a small file could unpack to any size; a file
+                # with the attribute of a folder is empty to torch.load: its tensor would be
+                # whatever lay in memory
                 if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & 16:
                     raise zipfile.BadZipFile("compressed, or a folder")
             if archive.testzip() is not None:
@@ -188,19 +191,8 @@ def read_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch, zipfile and pickle each raise their own for a damaged file
-        raise BadInput(f"{path} is no checkpoint of this project, or damaged ({type(error).__name__}); delete or "
-                       f"replace it") from error
-
-
-def read_record(path: Path) -> dict:
-    """A run record. BadInput if the file is anything else."""
-    try:
-        record = json.loads(path.read_text())
-        if not isinstance(record["config"], dict) or not isinstance(record["metrics"], dict):
-            raise TypeError("config and metrics must be objects")
-        return {name: record[name] for name in ("config", "data", "metrics", *record)}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); delete it") from error
+        raise BadInput(f"{path} is no checkpoint of this project, or damaged "
+                       f"({type(error).__name__}); delete or replace it") from error
 
 
 def jsonable(value: typing.Any) -> typing.Any:

@@ -1,10 +1,11 @@
-"""Run records of a study, read back: rows of seeds that belong together, and the arrays beside them.
+"""Run records: written, compared, and read back as rows of seeds that belong together.
 
-A study's folder holds ROW/seed<k>.json, and seed<k>.npz with values per held-out image or group. Rows are
-{row: {seed: record}}, where a record also knows the path that it was read from.
+A study's folder holds ROW/seed<k>.json, and seed<k>.npz with values per held-out image or group.
+Rows are {row: {seed: record}}, where a record also knows the path that it was read from.
 """
 
 import functools
+import io
 import json
 import math
 import re
@@ -14,51 +15,86 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.files import BadInput
+from lab.files import BadInput, jsonable, write_atomic
 from lab.statistics import Part, half_width, own_spread
+
+UNKNOWN = object()  # a value that no one can know any more
+
+
+def read(path: Path) -> dict:
+    """A run record. BadInput if the file is anything else."""
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record["config"], dict) or not isinstance(record["metrics"], dict):
+            raise TypeError("config and metrics must be objects")
+        return {name: record[name] for name in ("config", "data", "metrics", *record)}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); "
+                       f"delete it") from error
+
+
+def write(path: Path, record: dict, arrays: dict[str, np.ndarray] | None = None) -> None:
+    """Write the arrays beside a record, and then the record: where it exists, all is there."""
+    if arrays:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
+    write_atomic(path, encoded(record))
+
+
+def encoded(record: dict) -> bytes:
+    """A record as it is written."""
+    return (json.dumps(jsonable(record), indent=1) + "\n").encode()
 
 
 def load(folder: Path, protocol: str, order: Iterable[str] = (),
          shared: Iterable[str] = ()) -> dict[str, dict[int, dict]]:
     """{row: {seed: record}} of a folder; the rows in `order` first, then any others.
 
-    BadInput names a record that does not belong: of another protocol, other data, another value of a
-    setting that all rows must share, or another configuration than its own row's other seeds. A setting
-    that one of two records predates is not compared.
+    BadInput names a record that does not belong: of another protocol, other data, another value of
+    a setting that all rows must share, or other settings than its own row's other seeds.
     """
     rows, known = {}, list(order)
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    for row in [row for row in known if row in found] + [row for row in found if row not in known]:
+    names = sorted(path.name for path in folder.glob("*/"))
+    for row in [row for row in known if row in names] + [row for row in names if row not in known]:
         for path in sorted(folder.glob(f"{row}/seed*.json")):
-            try:
-                record = json.loads(path.read_text())
-                seeds = rows.setdefault(row, {})
-                seeds[record["config"]["seed"]] = {**record, "data": record["data"], "path": str(path)}
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); "
-                                 f"delete it") from error
+            record = read(path)
+            if type(seed := record["config"].get("seed")) is not int:
+                raise BadInput(f"{path} is no run record, or damaged (seed {seed}); delete it")
+            rows.setdefault(row, {})[seed] = {**record, "path": str(path)}
     first_of_all = next(iter(each_of(rows)), None)
     for seeds in rows.values():
         first = next(iter(seeds.values()))
         for record in seeds.values():
-            config, path = record["config"], record["path"]
-            if config.get("protocol") != protocol:
-                raise BadInput(f"{path} is of protocol {config.get('protocol')}, this is the "
-                                 f"{protocol} table")
-            for key in differing(config, first_of_all["config"], shared):
-                raise BadInput(f"{path} has {key} {config[key]}, but {first_of_all['path']} has "
-                               f"{first_of_all['config'][key]}: a row may differ by its own switch alone")
+            path = record["path"]
+            if record["config"].get("protocol") != protocol:
+                raise BadInput(f"{path} is of protocol {record['config'].get('protocol')}, this is "
+                               f"the {protocol} table")
+            for key, (ours, theirs) in differing(record, first_of_all, shared).items():
+                raise BadInput(f"{path} has {key} {ours}, but {first_of_all['path']} has {theirs}: "
+                               f"a row may differ by its own switch alone")
             if record["data"] != first_of_all["data"]:
                 raise BadInput(f"{path} was made on other data than {first_of_all['path']}")
-            if differing(config, first["config"], config.keys() - {"seed"}):
+            if differing(record, first).keys() - {"seed"}:
                 raise BadInput(f"{path} has another configuration than {first['path']}, a seed of "
-                                 f"the same row")
+                               f"the same row")
     return rows
 
 
-def differing(a: dict, b: dict, keys: Iterable[str]) -> list[str]:
-    """The settings of `keys` in which two configurations differ, of those that both know."""
-    return [key for key in keys if key in a and key in b and a[key] != b[key]]
+def differing(a: dict, b: dict, keys: Iterable[str] | None = None) -> dict[str, tuple]:
+    """{setting: its values} of those settings, of `keys` or of all, in which two records differ.
+
+    What was made before a setting was added was made with its default, which the other record
+    knows. Records from before 2026-11-27 know no defaults: a setting that only one of two such
+    records has is not compared.
+    """
+    found = {}
+    for key in {**a["config"], **b["config"]} if keys is None else keys:
+        values = tuple(one["config"].get(key, other.get("defaults", {}).get(key, UNKNOWN))
+                       for one, other in ((a, b), (b, a)))
+        if UNKNOWN not in values and values[0] != values[1]:
+            found[key] = values
+    return found
 
 
 def each_of(rows: dict[str, dict[int, dict]]) -> list[dict]:
@@ -79,7 +115,8 @@ def arrays_file(record: dict) -> Path:
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays per image or group that lie beside a record. BadInput if they are damaged."""
     try:
-        # np.load checks no sum where a damaged header asks for too little, nor what a damaged comment hides
+        # np.load checks no sum where a damaged header asks for too little, nor what a damaged
+        # comment hides
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None or any(entry.comment + entry.extra
                                                     for entry in archive.infolist()):
@@ -89,8 +126,8 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise
     except Exception as error:  # NumPy, zipfile and zlib each raise their own for a damaged file
-        raise BadInput(f"{path} is damaged ({type(error).__name__}); delete it and its record, then run "
-                         f"it again") from error
+        raise BadInput(f"{path} is damaged ({type(error).__name__}); delete it and its record, "
+                       f"then run it again") from error
 
 
 def pairs_of(rows: dict, row: str, other: str) -> list[tuple[dict, dict]]:
@@ -100,10 +137,11 @@ def pairs_of(rows: dict, row: str, other: str) -> list[tuple[dict, dict]]:
 
 
 def paired(rows: dict, row: str, other: str | None, split: str, key: str) -> list[float]:
-    """A metric's differences row - other, by the seeds that both have; without `other` the row's own values."""
+    """A metric's differences row - other, by the seeds that both have; alone, the row's values."""
     if other is None:
         return [record["metrics"][split][key] for _, record in sorted(rows.get(row, {}).items())]
-    return [a["metrics"][split][key] - b["metrics"][split][key] for a, b in pairs_of(rows, row, other)]
+    return [a["metrics"][split][key] - b["metrics"][split][key]
+            for a, b in pairs_of(rows, row, other)]
 
 
 def mean_arrays(seeds: dict[int, dict], names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -124,17 +162,18 @@ def summed_confusion(seeds: dict[int, dict], classes: int) -> np.ndarray:
 # ---- cells of a Markdown table ----
 
 def plain(text: str) -> str:
-    """The name of a folder or a device, which in a Markdown table may neither end the cell nor be HTML."""
+    """A name, of a folder say, that in a Markdown table neither ends the cell nor is HTML."""
     return re.sub(r"[|<>`\r\n]", "?", text)
 
 
 def number(mean: float, half: float, signed: bool) -> str:
     """"+0.42 ± 0.31"; the interval is missing where there is one seed."""
-    return (f"{mean:+.2f}" if signed else f"{mean:.2f}") + ("" if math.isnan(half) else f" ± {half:.2f}")
+    value = f"{mean:+.2f}" if signed else f"{mean:.2f}"
+    return value if math.isnan(half) else f"{value} ± {half:.2f}"
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean of values over seeds, in percent, and half of the 95 % interval that their spread gives."""
+    """Mean of values over seeds, in percent, and half of the 95 % interval by their spread."""
     variance, dof = own_spread(100 * np.array(values))
     return 100 * float(np.mean(values)), float(half_width((Part(variance / len(values), dof),)))
 

@@ -36,7 +36,7 @@ import metrics
 import models
 import train_cls
 import train_seg
-from lab import batches, devices, engine, files
+from lab import batches, devices, engine, files, provenance
 from lab.progress import progress
 
 BATCH, SIZE, STEPS, ROUNDS = 8, 256, 2, 4  # the study's size; the batch that a CPU takes
@@ -157,7 +157,7 @@ def profiled(name: str, cfg: engine.Settings, dataset: batches.Dataset) -> dict:
               "norm": ("native_batch_norm", "native_batch_norm_backward")}
     shares = {group: sum(milliseconds.get(key, 0) for key in keys) / total for group, keys in groups.items()}
     # forward, and the gradients of data and of weights: three times the multiply-adds, two operations each
-    convolutions = 6 * cfg.batch * engine.multiply_adds(run.model, images.shape[1:])
+    convolutions = 6 * cfg.batch * provenance.multiply_adds(run.model, images.shape[1:])
     rate = convolutions / 1e6 / total / (shares["convolution forward"] + shares["convolution backward"])
     a = torch.randn(2048, 2048).to(run.dtype)
     seconds = []
@@ -185,7 +185,7 @@ def main() -> None:
         print(LOOPS[sys.argv[1]]())
         return
     device = devices.pick_device("auto")
-    environment = engine.environment(device, devices.pick_dtype("auto", device))
+    environment = provenance.environment(device, devices.pick_dtype("auto", device))
     print(f"{environment['device']}, torch {environment['torch']}")
     rounds = progress(range(ROUNDS), "training steps", unit="rounds")
     engines, plains, fixed = zip(*[[apart(loop) for loop in ("engine", "plain", "deterministic")]

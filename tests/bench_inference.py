@@ -29,9 +29,8 @@ from torch import Tensor
 
 import data
 import export
-import figures
 import models
-from lab import cli, devices, engine, files, forms
+from lab import cli, devices, engine, figures, files, forms, provenance
 from lab.cli import flag
 from lab.files import BadInput
 
@@ -170,12 +169,12 @@ def parity_of(cfg: Config) -> dict:
 def measure_apart(cfg: Config, name: str, batch: int) -> dict:
     how, form, _ = BACKENDS[name]
     if how == "runner":
-        command = [engine.SOURCE / "cpp/runner", cfg.file(form), "--bench", batch, cfg.size, cfg.seconds, cfg.threads]
+        command = [provenance.SOURCE / "cpp/runner", cfg.file(form), "--bench", batch, cfg.size, cfg.seconds, cfg.threads]
     else:
         command = [sys.executable, __file__, "--only", name, "--batch", batch]
         for key in ("checkpoint", "models", "size", "seconds", "threads", "device"):
             command += [f"--{key}", getattr(cfg, key)] if getattr(cfg, key) is not None else []
-    path = os.pathsep.join(filter(None, [str(engine.SOURCE), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(provenance.SOURCE), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([*map(str, command)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": str(cfg.threads), "PYTHONPATH": path})
     if done.returncode:
@@ -186,7 +185,7 @@ def measure_apart(cfg: Config, name: str, batch: int) -> dict:
 def hindrance(cfg: Config, name: str, device: torch.device) -> str | None:
     """Why a row is left out here, or None."""
     how, form, precision = BACKENDS[name]
-    if how == "runner" and not (engine.SOURCE / "cpp/runner").exists():
+    if how == "runner" and not (provenance.SOURCE / "cpp/runner").exists():
         return "make cpp/runner first"
     if form and (form not in parity_of(cfg)["forms"] or not cfg.file(form).exists()):
         return "it was not exported"
@@ -312,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     if any(name.startswith("OpenVINO") for name in names):
         versions["openvino"] = importlib.metadata.version("openvino")
     record = {"model": model, "size": cfg.size, "threads": cfg.threads, "rounds": cfg.rounds, "seconds": cfg.seconds,
-              "environment": engine.environment(device, torch.float32), "versions": versions, "parity": parity,
+              "environment": provenance.environment(device, torch.float32), "versions": versions, "parity": parity,
               "results": summarise(rounds, names, found)}
     path = Path(cfg.record)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from conftest import make_tiny_root
 import data
 import train_cls
 import train_seg
-from lab import cli, engine, files
+from lab import cli, files, provenance
 from lab.progress import progress
 
 SCRIPTS = {"train_cls": train_cls, "train_seg": train_seg}
@@ -117,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         found = campaign(args.rounds, args.seed, data.find_root(args.data_root), Path(scratch))
-    record = {"seed": args.seed, **found, "environment": engine.environment(torch.device("cpu"), torch.float32)}
+    record = {"seed": args.seed, **found, "environment": provenance.environment(torch.device("cpu"), torch.float32)}
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())

@@ -138,10 +138,10 @@ def run(script: str, flags: list[str], out: str, steps: int | None = None) -> di
 
 
 def check_device(plan: Plan) -> Found:
-    from lab import devices, engine
+    from lab import devices, provenance
 
     device = devices.pick_device(plan.device)
-    found = engine.environment(device, devices.pick_dtype("auto", device))
+    found = provenance.environment(device, devices.pick_dtype("auto", device))
     return f"{found['device']}, {found['precision']}, torch {found['torch']}", found
 
 

@@ -29,12 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lab import batches, engine
+from lab import batches, engine, provenance
 
 NAME = "a CPU that poses as a GPU"
 MEMORY = 80 << 30  # bytes that it says are free
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-PROJECT = (str(engine.SOURCE), str(engine.SOURCE / "lab"))
+PROJECT = (str(provenance.SOURCE), str(provenance.SOURCE / "lab"))
 aten = torch.ops.aten
 MAY_MIX = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor,
            aten.set_.source_Storage_storage_offset}

@@ -24,7 +24,7 @@ import interpret
 import models
 import train_cls
 import train_seg
-from lab import batches, cli, engine
+from lab import batches, cli, engine, provenance
 
 SCRIPTS = {"table1": train_cls, "table2": train_seg}
 TINY = {"table1": ["--depth", "1", "--width", "4", "--batch", "4"],
@@ -35,7 +35,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no on
 
 def rows() -> list[str]:
     """Each row of the Makefile as "table flags", once where rows differ by their size alone."""
-    makefile = (engine.SOURCE / "Makefile").read_text()
+    makefile = (provenance.SOURCE / "Makefile").read_text()
     size = r"--(depth|width|hourglasses) \d+"
     return list(dict.fromkeys(
         f"{table} {re.sub(size, '', flags)}".strip()
@@ -164,14 +164,14 @@ def test_measurements_and_pictures(train, facades, tmp_path):
     frozen = train("table1 --composites --frozen --base", base, out="frozen") / "seed0.pt"
     scratch = train("table1 --composites --tie 0.9", out="scratch") / "seed0.pt"
     segments = train("table2", out="segments") / "seed0.pt"
-    for name, *flags in (["base", "--measure", base], ["frozen", "--measure", frozen],
-                         ["figure1", "--frozen", frozen, "--scratch", scratch],
-                         ["predictions", "--checkpoint", segments],
-                         ["garments", "--checkpoint", base]):
-        flags += ["--device", "cuda", "--images", 12, "--sweep-images", 2, "--data-root", facades]
-        flags += ["--figure", tmp_path / f"{name}.png", "--out", tmp_path / name / "measured"]
+    measured = [["measure", "--checkpoint", run, "--images", 12, "--sweep-images", 2,
+                 "--out", run.parent / "measured"] for run in (base, frozen)]
+    drawn = {"figure1": ["attention", "--frozen", frozen, "--scratch", scratch],
+             "predictions": ["--checkpoint", segments], "garments": ["--checkpoint", base]}
+    drawn = [[*flags, "--figure", tmp_path / f"{name}.png"] for name, flags in drawn.items()]
+    for flags in (*measured, *drawn):
         with posing.device():
-            interpret.main([str(flag) for flag in flags])
+            interpret.main([*map(str, flags), "--device", "cuda", "--data-root", str(facades)])
     base, frozen = (json.loads((tmp_path / name / "measured/seed0.json").read_text())
                     for name in ("base", "frozen"))
     assert set(base["metrics"]["test"]) == {"equivariance_error_zeros",
@@ -207,7 +207,7 @@ FAULTS = {
         "lab.engine.fit_epoch", "total += loss.detach()", "total += loss.detach().cpu()",
         "table2", "copy from the device in engine.py"),
     "a sum goes on on the host": (
-        "lab.engine.Run.begin_epoch", 'within["total"].to(self.device)', 'within["total"]',
+        "lab.engine.Run.begin_epoch", 'partial["total"].to(self.device)', 'partial["total"]',
         "table2", "at least two devices"),
     "class weights on the host": (
         "train_seg.main", ".to(run.device)", ".cpu()",
@@ -259,9 +259,9 @@ def test_a_planted_fault_is_seen(train, monkeypatch, fault):
 @no_gpu
 def test_a_planted_fault_in_a_measurement_is_seen(train, facades, tmp_path, monkeypatch):
     base = train("table1")
-    plant(monkeypatch, "interpret.fourier_shift", "(height, device=x.device)", "(height)")
+    plant(monkeypatch, "lab.equivariance.fourier_shift", "(height, device=x.device)", "(height)")
     with posing.posing(), pytest.raises(RuntimeError, match="at least two devices"):
-        interpret.main(["--measure", str(base / "seed0.pt"), "--out", str(tmp_path / "measured"),
+        interpret.main(["measure", "--checkpoint", str(base / "seed0.pt"), "--out", str(tmp_path / "measured"),
                         "--device", "cuda", "--sweep-images", "2", "--data-root", str(facades)])
 
 

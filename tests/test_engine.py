@@ -21,7 +21,7 @@ import torch
 import data
 import models
 import train_seg
-from lab import batches, cli, engine, files
+from lab import batches, cli, engine, files, provenance
 
 REPO = Path(__file__).parents[1]
 TINY = ["--protocol", "smoke", "--size", "32", "--width", "4", "--batch", "2", "--device", "cpu"]
@@ -400,4 +400,4 @@ def test_a_record_traces_the_run(tiny_root, tmp_path):
     assert set(record["metrics"]) == {"train", "test"} and record["class_pixels"] and len(record["class_weights"]) == 5
     assert record["parameters"] == sum(p.numel() for p in models.HourGlass(2, 4).parameters())
     model, same = engine.load_trained(tmp_path / "seed0.pt", torch.device("cpu"), models.build)
-    assert same == record and engine.weights_digest(model) == record["weights_sha256"]
+    assert same == record and provenance.weights_digest(model) == record["weights_sha256"]

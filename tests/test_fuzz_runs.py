@@ -22,7 +22,7 @@ import train_cls
 import train_seg
 from lab import cli, files
 from lab.files import BadInput
-from lab.records import load_arrays
+from lab.records import load_arrays, read
 
 # ---- checkpoints and records ----
 
@@ -75,7 +75,7 @@ def test_a_record_is_read_exactly_or_refused(content):
         path = Path(folder, "table1/row/seed0.json")
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
-        found = outcome(path, files.read_record, path)
+        found = outcome(path, read, path)
         if isinstance(found, dict):
             assert repr(found) == repr({**found, **json.loads(content)}) and found.keys() >= RECORD.keys()
             assert isinstance(found["config"], dict) and isinstance(found["metrics"], dict)

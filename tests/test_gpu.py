@@ -24,7 +24,7 @@ from torch.utils import cpp_extension
 
 import export
 import models
-from lab import cli, devices, engine, forms
+from lab import cli, devices, engine, forms, provenance
 
 GPU = torch.device("cuda")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++: install it")
@@ -107,7 +107,7 @@ def test_the_first_minutes_on_a_cpu(root, tmp_path):
     begun = time.monotonic()
     done = subprocess.run(
         ["make", "gpu", "DEVICE=cpu", "PROTOCOL=smoke", "SECONDS=40", f"PY={sys.executable}",
-         f"RESULTS={tmp_path}/results/smoke"], cwd=engine.SOURCE, capture_output=True, text=True,
+         f"RESULTS={tmp_path}/results/smoke"], cwd=provenance.SOURCE, capture_output=True, text=True,
         env={**os.environ, "DATA_ROOT": str(root), "PYTHONPATH": f"{tmp_path}/bare"})
     assert time.monotonic() - begun < 50
     verdicts = re.findall(r"^ (\d)  (.+?)  +(passed|failed|skipped)  ?(.+)$", done.stdout, re.M)
@@ -144,7 +144,7 @@ def test_rows_of_report_run_side_by_side(tmp_path, words, most):
     (tmp_path / "row").write_text(ROW)
     (tmp_path / "row").chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
-    subprocess.run(["make", "-f", engine.SOURCE / "Makefile", "PROTOCOL=report", "SEEDS=0",
+    subprocess.run(["make", "-f", provenance.SOURCE / "Makefile", "PROTOCOL=report", "SEEDS=0",
                     f"PY={tmp_path}/row", *words], cwd=tmp_path, env=environment, check=True)
     assert max((tmp_path / "log").read_text().splitlines()) == most
 

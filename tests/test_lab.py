@@ -3,19 +3,20 @@
 import ast
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lab import cli, engine
+from lab import cli, engine, records
 from lab.batches import Dataset, Split
+from lab.files import BadInput
 
 REPO = Path(__file__).parents[1]
 SCRIPTS = {"train_cls", "train_seg", "interpret", "export", "predict", "study"}
-MODULES = {"models", "data", "metrics", "figures"}
+MODULES = {"models", "data", "metrics"}
 
 
 def imported(path: Path) -> set[str]:
@@ -67,8 +68,11 @@ def hinge(logits, targets):
     return nn.functional.multi_margin_loss(logits, targets.long())
 
 
-def train(out, **settings) -> dict:
-    dataset = Dataset("steps", ("a", "b", "c"), (0.5,), (0.5,), "digest", False, steps_of(60), steps_of(30))
+STEPS = Dataset("steps", ("a", "b", "c"), (0.5,), (0.5,), "digest", False, steps_of(60), steps_of(30))
+
+
+def train(out, spoil={}, **settings) -> dict:
+    dataset = replace(STEPS, **spoil)
     cfg = Config(epochs=6, batch=10, lr=1e-2, device="cpu", precision="fp32", out=str(out), **settings)
     run = engine.Run(cfg, dataset, lambda settings, *shape: Net(settings["width"], *shape))
     engine.fit(run, hinge)
@@ -91,3 +95,31 @@ def test_a_network_a_set_and_a_loss_of_ones_own(tmp_path, monkeypatch, capsys):
     model, record = engine.load_trained(tmp_path / "whole/seed0.pt", torch.device("cpu"),
                                         lambda settings, *shape: Net(settings["width"], *shape))
     assert record == whole and isinstance(model, Net) and not model.training
+
+
+@pytest.mark.parametrize("spoil, said", [
+    ({"classes": ("a", "b")}, "steps: a target of the train split is 2, but the 2 classes are 0 to 1"),
+    ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "steps: the network does not take its images of (1, 1, 16)"),
+    ({"test": steps_of(0)}, "steps: its test split has no image")])
+def test_what_does_not_fit_together_is_refused_before_training(tmp_path, spoil, said):
+    with pytest.raises(BadInput) as error:
+        train(tmp_path, spoil)
+    assert str(error.value).startswith(said)
+
+
+def test_a_network_of_other_classes_is_refused_before_training(tmp_path):
+    dataset = replace(STEPS, classes=("a", "b", "c", "d"))
+    cfg = Config(device="cpu", out=str(tmp_path))
+    with pytest.raises(BadInput, match=r"the network gives \(1, 3\) for an image"):
+        engine.Run(cfg, dataset, lambda settings, channels, classes: Net(4, channels, 3))
+
+
+def test_settings_of_a_run_from_before_a_setting_was_added():
+    """One rule for resuming, tables and --base: the setting had its default."""
+    before = {"config": {"lr": 0.1}, "defaults": {"lr": 0.1}}
+    after = {"config": {"lr": 0.1, "momentum": 0.9}, "defaults": {"lr": 0.1, "momentum": 0.9}}
+    other = {"config": {"lr": 0.1, "momentum": 0.5}, "defaults": {"lr": 0.1, "momentum": 0.9}}
+    assert records.differing(before, after) == {}
+    assert records.differing(before, other) == {"momentum": (0.9, 0.5)}
+    assert records.differing(other, before) == {"momentum": (0.5, 0.9)}
+    assert records.differing(before, other, ("lr",)) == {}

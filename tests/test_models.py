@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import models
-from lab import engine, forms
+from lab import forms, provenance
 from models import HourGlass, UNet, VGGResNet
 
 # every network of the two tables: its class, its arguments, and its parameters where no formula below gives them
@@ -248,8 +248,8 @@ def test_build_takes_channels_and_classes_from_the_data_and_defaults_for_what_is
 
 def test_multiply_adds_by_hand():
     conv = nn.Conv2d(3, 8, 3, padding=1)
-    assert engine.multiply_adds(conv, torch.Size([3, 10, 10])) == 9 * 3 * 8 * 100
-    assert engine.multiply_adds(models.VGGResNet(), torch.Size([1, 28, 28])) == 73_308_416
+    assert provenance.multiply_adds(conv, torch.Size([3, 10, 10])) == 9 * 3 * 8 * 100
+    assert provenance.multiply_adds(models.VGGResNet(), torch.Size([1, 28, 28])) == 73_308_416
 
 
 # ---- losses, against values worked out by hand ----

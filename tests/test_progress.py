@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_seg
-from lab import cli, engine, forms, progress
+from lab import cli, forms, progress, provenance
 
 LINE = re.compile(r"(.*): (\d+) % of (\d+) (\w+), \d\d:\d\d gone, \d\d:\d\d to go(, loss [\d.]+)?")
 
@@ -59,7 +59,7 @@ def test_a_terminal_gets_a_bar_instead():
     code = ("import time; from lab import progress; progress.EVERY = 0; "
             "bar = progress.Progress('work', 4); bar.say('loss 1'); "
             "time.sleep(0.2); bar.update(4); bar.close()")
-    subprocess.run([sys.executable, "-c", code], stderr=other, check=True, cwd=engine.SOURCE)
+    subprocess.run([sys.executable, "-c", code], stderr=other, check=True, cwd=provenance.SOURCE)
     told = os.read(main, 10_000).decode()
     os.close(main)
     os.close(other)

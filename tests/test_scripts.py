@@ -10,7 +10,7 @@ import pytest
 import models
 import train_cls
 import train_seg
-from lab import cli, engine
+from lab import cli, provenance
 
 REPO = Path(__file__).parents[1]
 
@@ -83,6 +83,6 @@ def test_train_cls_config_matches_the_constructor():
 def test_no_module_of_the_current_folder_is_imported(tmp_path):
     (tmp_path / "onnxruntime.py").write_text("print('taken from the current folder')")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, engine.SOURCE / "export.py", "bench"], cwd=tmp_path, env=environment,
+    done = subprocess.run([sys.executable, provenance.SOURCE / "export.py", "bench"], cwd=tmp_path, env=environment,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: --checkpoint is missing")

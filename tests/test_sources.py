@@ -18,7 +18,6 @@ import data
 from lab.fetch import Limits
 from lab.files import BadInput, tree_digest
 
-
 # ---- IDX files: digests, sources ----
 
 @pytest.fixture
