@@ -174,8 +174,8 @@ ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_L
 # in seed order, so that one seed of every row exists before the second of any
 records = $(foreach seed,$(SEEDS),$(patsubst %,$(RESULTS)/%/seed$(seed).json,$(1)))
 
-figures: table1 table2 $(RESULTS)/attention.md $(RESULTS)/attention.png $(RESULTS)/predictions.png
-	$(PY) interpret.py --study $(PROTOCOL) --results $(dir $(RESULTS))
+figures: table1 table2 $(RESULTS)/attention.md $(RESULTS)/attention.png $(RESULTS)/predictions.png $(RESULTS)/hourglass.png
+	$(PY) study.py figures --protocol $(PROTOCOL) --results $(dir $(RESULTS))
 
 table1 table2 claims: %: $(RESULTS)/%.md
 	@cat $<
@@ -227,25 +227,27 @@ attention := $(patsubst surrogates/%,attention/%,$(SURROGATES))
 equivariance := $(patsubst %,equivariance/%,$(EQUIVARIANCE))
 define attention_rule
 $(RESULTS)/attention/$(1)/seed%.json: | runs/$(PROTOCOL)/surrogates/$(1)/seed%.json
-	$(RUN) $(PY) interpret.py --measure runs/$(PROTOCOL)/surrogates/$(1)/seed$$*.pt --device $(DEVICE) $(measure/$(PROTOCOL)) --out $$(@D)
+	$(RUN) $(PY) interpret.py measure --checkpoint runs/$(PROTOCOL)/surrogates/$(1)/seed$$*.pt --device $(DEVICE) $(measure/$(PROTOCOL)) --out $$(@D)
 endef
 define equivariance_rule
 $(RESULTS)/equivariance/$(1)/seed%.json: | runs/$(PROTOCOL)/table1/$(1)/seed%.json
-	$(RUN) $(PY) interpret.py --measure runs/$(PROTOCOL)/table1/$(1)/seed$$*.pt --device $(DEVICE) $(equivariance/$(PROTOCOL)) --out $$(@D)
+	$(RUN) $(PY) interpret.py measure --checkpoint runs/$(PROTOCOL)/table1/$(1)/seed$$*.pt --device $(DEVICE) $(equivariance/$(PROTOCOL)) --out $$(@D)
 endef
 $(foreach row,$(SURROGATES),$(eval $(call attention_rule,$(notdir $(row)))))
 $(foreach row,$(EQUIVARIANCE),$(eval $(call equivariance_rule,$(row))))
 
 interpret: $(RESULTS)/attention.md $(RESULTS)/attention.png
 	@cat $<
-	$(PY) interpret.py --study $(PROTOCOL) --results $(dir $(RESULTS))
+	$(PY) study.py figures --protocol $(PROTOCOL) --results $(dir $(RESULTS))
 
 rows/attention $(RESULTS)/attention.md: $(call records,$(attention) $(equivariance))
 
 first := $(firstword $(SEEDS))
-# the report's Figures 1 and 4
+# the report's Figures 2, 1 and 4
+$(RESULTS)/hourglass.png: interpret.py models.py | $(ENV)
+	$(PY) interpret.py architecture --figure $@
 $(RESULTS)/attention.png: | $(foreach kind,frozen scratch,runs/$(PROTOCOL)/surrogates/$(kind)-tie0.9/seed$(first).json)
-	$(PY) interpret.py $(foreach kind,frozen scratch,--$(kind) runs/$(PROTOCOL)/surrogates/$(kind)-tie0.9/seed$(first).pt) --figure $@
+	$(PY) interpret.py attention $(foreach kind,frozen scratch,--$(kind) runs/$(PROTOCOL)/surrogates/$(kind)-tie0.9/seed$(first).pt) --figure $@
 $(RESULTS)/predictions.png: | runs/$(PROTOCOL)/table2/standard/seed$(first).json
 	$(PY) interpret.py --checkpoint runs/$(PROTOCOL)/table2/standard/seed$(first).pt --figure $@
 

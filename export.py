@@ -40,7 +40,6 @@ if __name__ == "__main__" and sys.argv[1:] and sys.argv[1] in ELSEWHERE:
 import copy
 import hashlib
 import importlib.util
-import json
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -90,8 +89,8 @@ class Config:
 def describe(model: nn.Module, record: dict) -> dict[str, str]:
     """What every form carries: plain text that needs no parser but a split at commas."""
     about = record["about_data"]
-    palette = data.FACADE_PALETTE if "arch" in record["config"] else ()
-    content = (json.dumps(record, indent=1) + "\n").encode()
+    palette = about["palette"] or ()
+    content = records.encoded(record)
     join = lambda values: ",".join(map(str, values))
     return {"input": forms.INPUT, "classes": join(about["classes"]),
             "palette": join(bytes(colour).hex() for colour in palette),
@@ -147,12 +146,15 @@ class Maker:
 
 # ---- parity ----
 
-def compare(logits: Tensor, exact: Tensor, targets: Tensor, names: tuple[str, ...]) -> dict:
-    """How a form's logits compare with the model's, and the metrics they reach on the split."""
-    score = metrics.segmentation if exact.ndim == 4 else metrics.classification
-    kept = ("accuracy", "map", "wgap", "miou")
-    scores = {key: value for key, value in score(logits, targets, names).items() if key in kept}
-    return forms.compare(logits, exact, scores)
+SCORES = {"classification": (metrics.classification, ("accuracy",)),
+          "segmentation": (metrics.segmentation, ("map", "wgap", "miou"))}
+
+
+def compare(logits: Tensor, exact: Tensor, dataset: Dataset) -> dict:
+    """How a form's logits compare with the model's, and what it scores on the held-out split."""
+    score, keys = SCORES[dataset.task]
+    scores = score(logits, dataset.test.targets, dataset.classes)
+    return forms.compare(logits, exact, {key: scores[key] for key in keys})
 
 
 def show(name: str, found: dict) -> None:
@@ -174,7 +176,7 @@ def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: Dataset, batch: 
         there = dataset.to(device)
         exact[device] = engine.predict(copy.deepcopy(model).to(device), there, there.test, batch,
                                        torch.float32).cpu()
-    passed = {"eager": compare(exact[cpu], exact[cpu], split.targets, dataset.classes)}
+    passed = {"eager": compare(exact[cpu], exact[cpu], dataset)}
     failed = {}
     print(f"{dataset.name}, {len(split)} {dataset.held_out} images")
     show("eager", passed["eager"])
@@ -183,9 +185,9 @@ def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: Dataset, batch: 
         path, on = maker.paths[name], maker.device if FORMS[name].on_device else cpu
         form = forms.open_form(path)
         logits = forms.logits_of(lambda images: form(images.to(on)), split.images, batch)
-        found = compare(logits, exact[on], split.targets, dataset.classes)
+        found = compare(logits, exact[on], dataset)
         show(name, found)
-        forms.gate(name, found, passed["eager"], "map" if "map" in found else "accuracy")
+        forms.gate(name, found, passed["eager"], SCORES[dataset.task][1][0])
         return {"file": path.name, "bytes": path.stat().st_size, **found}
 
     for name in filter(cfg.asked, FORMS):

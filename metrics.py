@@ -1,7 +1,8 @@
 """What the study reports: accuracy, average precision, MAP, WGAP, IoU. Tensors in, numbers out.
 
-All values are fractions in [0, 1]. Counts are int64 and ratios float64: a training split has 59 million
-pixels, and float32 counts stop being exact at 2^24.
+All values are fractions in [0, 1]. Counts are int64 and ratios float64: a training split has 59
+million pixels, and float32 counts stop being exact at 2^24. A pixel whose target is VOID counts
+nowhere.
 """
 
 import math
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lab.batches import VOID
 from lab.progress import progress
 
 
@@ -34,7 +36,8 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
     ValueError for scores that are not finite or not floating-point, and for shapes that differ.
     """
     if scores.shape != positive.shape or scores.ndim != 1:
-        raise ValueError(f"scores {tuple(scores.shape)} and positive {tuple(positive.shape)} must be 1-D and equal")
+        raise ValueError(f"scores {tuple(scores.shape)} and positive {tuple(positive.shape)} must "
+                         f"be 1-D and equal")
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating-point, got {scores.dtype}")
     if scores.dtype in (torch.float16, torch.bfloat16):
@@ -54,11 +57,16 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
 def average_precisions(scores: Tensor, target: Tensor) -> list[float]:
     """AP of every class over all pixels of all images, ranked across images.
 
-    scores (N, C, ...), target (N, ...) with values in [0, C); NaN for a class the target lacks.
+    scores (N, C, ...), target (N, ...) with values in [0, C) or VOID; NaN for a class the target
+    lacks.
     """
     target = target.reshape(-1)
+    labelled = target != VOID
+    if labelled.all():
+        labelled = slice(None)
+    target = target[labelled]
     classes = progress(range(scores.shape[1]), "average precision", unit="classes")
-    return [average_precision(scores[:, c].reshape(-1), target == c) for c in classes]
+    return [average_precision(scores[:, c].reshape(-1)[labelled], target == c) for c in classes]
 
 
 BINS = 192  # of log-odds from -12 to 12, an eighth each
@@ -74,10 +82,13 @@ def score_histograms(probs: Tensor, target: Tensor, group: Tensor) -> dict[str, 
     classes = probs.shape[1]
     groups, which = group.unique(return_inverse=True)
     bins = ((torch.logit(probs, eps=1e-6) + 12) * (BINS / 24)).long().clamp_(0, BINS - 1)
-    is_class = target.unsqueeze(1) == torch.arange(classes, device=target.device).view(1, -1, 1, 1)
-    cell = ((which.view(-1, 1, 1, 1) * classes + torch.arange(classes, device=target.device).view(1, -1, 1, 1)) * BINS
-            + bins) * 2 + is_class
-    counts = torch.bincount(cell.reshape(-1), minlength=len(groups) * classes * BINS * 2)
+    each = torch.arange(classes, device=target.device).view(1, -1, 1, 1)
+    target = target.unsqueeze(1)
+    cell = (((which.view(-1, 1, 1, 1) * classes + each) * BINS + bins) * 2 + (target == each))
+    cells, void = len(groups) * classes * BINS * 2, target == VOID
+    if void.any():
+        cell = cell.where(~void, cells)  # behind the last
+    counts = torch.bincount(cell.reshape(-1), minlength=cells)[:cells]
     counts = counts.reshape(len(groups), classes, BINS, 2).to(torch.int32).cpu().numpy()
     return {"hits": counts[..., 1], "misses": counts[..., 0], "groups": groups.cpu().numpy()}
 
@@ -98,7 +109,8 @@ def binned_average_precision(hits: np.ndarray, misses: np.ndarray) -> np.ndarray
 def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
     """int64 (classes, classes): how many of true class i (row) were predicted as j (column)."""
     index = target.reshape(-1).long() * classes + prediction.reshape(-1).long()
-    return torch.bincount(index, minlength=classes**2).reshape(classes, classes)
+    counts = torch.bincount(index, minlength=classes**2)[:classes**2]  # void lies behind
+    return counts.reshape(classes, classes)
 
 
 def ious(counts: Tensor) -> list[float]:
@@ -109,7 +121,7 @@ def ious(counts: Tensor) -> list[float]:
 
 
 def mean_present(values: list[float]) -> float:
-    """Mean over the values that are not NaN, that is over the classes that are there; NaN if none is."""
+    """Mean over the values that are not NaN, the classes that are there; NaN if none is."""
     present = [value for value in values if not math.isnan(value)]
     return sum(present) / len(present) if present else math.nan
 
@@ -122,8 +134,8 @@ def worst_present(values: list[float]) -> float:
 def classification(logits: Tensor, target: Tensor, names: list[str]) -> dict:
     """Metrics of a split for the run record: accuracy, its per-class values, the confusion matrix.
 
-    logits (N, C) float, target (N,). A class that the split lacks has NaN and is left out of no mean
-    here: accuracy is over samples.
+    logits (N, C) float, target (N,). A class that the split lacks has NaN and is left out of no
+    mean here: accuracy is over samples.
     """
     counts = confusion(logits.argmax(1), target, len(names)).double()
     recall = (counts.diag() / counts.sum(1)).tolist()  # 0/0 is NaN
@@ -151,23 +163,27 @@ def segmentation(logits: Tensor, target: Tensor, names: list[str]) -> dict:
 
 
 def class_table(columns: dict[str, dict[str, float | None]]) -> str:
-    """Text table of percentages per class: {column: {class: fraction, or None if absent}} -> lines."""
-    lines = [" " * 10 + "".join(f"{column:>12}" for column in columns)]
-    for name in next(iter(columns.values())):
-        cells = ["absent" if values[name] is None else f"{100 * values[name]:.1f}" for values in columns.values()]
-        lines.append(f"{name:<10}" + "".join(f"{cell:>12}" for cell in cells))
+    """Text table of percentages: {column: {class: fraction, or None if absent}} -> lines."""
+    names = list(next(iter(columns.values())))
+    wide = max(10, *(len(name) + 1 for name in names))
+    lines = [" " * wide + "".join(f"{column:>12}" for column in columns)]
+    for name in names:
+        cells = ["absent" if values[name] is None else f"{100 * values[name]:.1f}"
+                 for values in columns.values()]
+        lines.append(f"{name:<{wide}}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
 
 
 def error_overlap(a: np.ndarray, b: np.ndarray, target: np.ndarray) -> dict[str, float]:
     """How two classifiers' errors coincide: predictions and target (N,) -> fractions.
 
-    `both`, the share of samples that both get wrong; `chance`, that share were errors independent given
-    the true class (so that classes which both find hard do not count as agreement); `same`, the share of
-    the samples that both get wrong to which both give the same class.
+    `both`, the share of samples that both get wrong; `chance`, that share were errors independent
+    given the true class (so that classes which both find hard do not count as agreement); `same`,
+    the share of the samples that both get wrong to which both give the same class.
     """
     wrong_a, wrong_b = a != target, b != target
     both = wrong_a & wrong_b
-    chance = sum(wrong_a[target == c].mean() * wrong_b[target == c].mean() * (target == c).mean()
-                 for c in np.unique(target))
-    return {"both": both.mean(), "chance": chance, "same": (a == b)[both].mean() if both.any() else math.nan}
+    of_class = [target == c for c in np.unique(target)]
+    chance = sum(wrong_a[one].mean() * wrong_b[one].mean() * one.mean() for one in of_class)
+    return {"both": both.mean(), "chance": chance,
+            "same": (a == b)[both].mean() if both.any() else math.nan}

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lab.batches import VOID
+
 # in place: no one else reads a norm's output, and a step touches less memory
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity}
 
@@ -336,7 +338,7 @@ class Deployed(nn.Module):
 
 
 def pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """One row a pixel (or image): logits (N, C, ...) -> float32 (M, C), target (N, ...) -> int64.
+    """One row a pixel (or image): logits (N, C, ...) -> float32 (M, C), target -> int64 (M,).
 
     Losses are taken in float32 whatever the network ran in, and on the flat form, because the 2-D
     cross entropy of CUDA is not deterministic.
@@ -347,25 +349,28 @@ def pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean cross entropy over pixels or images; with `weight` (C,) the weighted mean.
 
-    logits (N, C, ...) of any float type, target (N, ...) integer in [0, C).
+    logits (N, C, ...) of any float type, target (N, ...) integer in [0, C), or VOID, which counts
+    for nothing. A batch of void alone has loss 0.
     """
-    return F.cross_entropy(*pixels(logits, target), weight=weight)
+    loss = F.cross_entropy(*pixels(logits, target), weight=weight, ignore_index=VOID)
+    return torch.where((target != VOID).any(), loss, 0)
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """1 - the mean over classes of soft Dice on softmax (Milletari et al. 2016, with plain sums).
 
-    Overlap and mass are summed per class over the whole batch. Classes that no pixel of the batch
-    shows are left out of the mean: they have no overlap to gain, and scoring them 1 would reward
-    predicting nothing. Shapes as in `cross_entropy`; the result is in [0, 1].
+    Overlap and mass are summed per class over the whole batch, without void pixels. Classes that no
+    pixel of the batch shows are left out of the mean: they have no overlap to gain, and scoring
+    them 1 would reward predicting nothing. Shapes as in `cross_entropy`; the result is in [0, 1].
     """
     logits, target = pixels(logits, target)
-    truth = F.one_hot(target, logits.shape[1]).float()
-    probs = logits.softmax(1)
+    labelled = (target != VOID).unsqueeze(1)
+    truth = (target.unsqueeze(1) == torch.arange(logits.shape[1], device=target.device)).float()
+    probs = logits.softmax(1) * labelled
     mass = truth.sum(0)
-    dice = 2 * (probs * truth).sum(0) / (probs.sum(0) + mass)
+    dice = 2 * (probs * truth).sum(0) / (probs.sum(0) + mass).clamp_min(1e-12)
     present = (mass > 0).float()
-    return 1 - (dice * present).sum() / present.sum()
+    return 1 - (dice * present).sum() / present.sum().clamp_min(1)
 
 
 def class_weights(counts: Tensor, power: float) -> Tensor:

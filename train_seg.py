@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     run = engine.Run(cfg, dataset, models.build)
     if run.record is None:
         counts = run.data.train.class_counts(len(dataset.classes))
-        weights = models.class_weights(counts, cfg.weight_power)
+        weights = models.class_weights(counts, cfg.weight_power).to(run.device)
         losses = {"wce": functools.partial(models.cross_entropy, weight=weights),
                   "ce": models.cross_entropy, "dice": models.dice_loss}
         if cfg.loss == "wce":

@@ -52,14 +52,28 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see {self.prog} -h")
 
 
+def run_command(commands: dict[str, tuple[type, Callable]], doc: str,
+                argv: list[str] | None = None) -> None:
+    """Run the command, of {name: (config, function of it)}, that the first word of argv names.
+
+    Where it names none, the first command is meant.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    name = next(iter(commands))
+    if argv and argv[0] in commands:
+        name, *argv = argv
+    config, function = commands[name]
+    function(parse(config, doc, argv, prog=f"{Path(sys.argv[0]).name} {name}"))
+
+
 def parse(config: type, doc: str, argv: list[str] | None = None,
-          protocols: dict[str, dict] | None = None) -> typing.Any:
+          protocols: dict[str, dict] | None = None, prog: str | None = None) -> typing.Any:
     """Command line -> config: its defaults, over them the protocol's, over them the flags given.
 
     protocols are {name: settings}, the first one the default of `--protocol`; without them config
     has none.
     """
-    parser = Parser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = Parser(prog, description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     own = config.__annotations__  # what the script adds comes first
     for setting in sorted(dataclasses.fields(config), key=lambda setting: setting.name not in own):

@@ -27,6 +27,40 @@ def pick_device(name: str) -> torch.device:
                        f"try --device cpu") from error
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None for any other device, which shares the host's memory."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def host_memory() -> int:
+    """Bytes that this process may still take of the host's memory, the least of all limits known.
+
+    What the kernel counts as available, and, in a container, what its group has left. What caches
+    of files hold counts as free.
+    """
+    known = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if available := counters(Path("/proc/meminfo")).get("MemAvailable:"):
+        known = [1024 * available]
+    group = Path("/sys/fs/cgroup")
+    for folder, limit, used, cached in (
+            (group, "memory.max", "memory.current", "file"),
+            (group / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")):
+        try:
+            most, now = (int((folder / name).read_text()) for name in (limit, used))
+            known.append(most - now + counters(folder / "memory.stat").get(cached, 0))
+        except (OSError, ValueError):  # no such group, or no limit: "max"
+            pass
+    return max(0, min(known))
+
+
+def counters(path: Path) -> dict[str, int]:
+    """The numbers in a file of lines "name number ..."; none where it cannot be read."""
+    try:
+        return {name: int(value) for name, value, *_ in map(str.split, path.open())}
+    except (OSError, ValueError):
+        return {}
+
+
 def keep_freed_memory() -> None:
     """Stop glibc from giving a large tensor's pages back, only to fault them in again next step."""
     if platform.libc_ver()[0] == "glibc":

@@ -104,6 +104,7 @@ def load_trained(path: Path, device: torch.device, build: Build) -> tuple[nn.Mod
         # it becomes part of file names
         if type(config["seed"]) is not int or config["seed"] < 0:
             raise ValueError("seed")
+        about["task"], about["size"]
         with torch.device("meta"):  # takes no memory, whatever width the file names
             model = build(config, len(about["mean"]), len(about["classes"]))
         model.load_state_dict(state["model"], assign=True)
@@ -265,7 +266,7 @@ class Run:
     def finish(self, metrics: dict[str, dict], arrays: dict, **more: typing.Any) -> None:
         """Write the trained model, the arrays and, last, the record."""
         described = {name: getattr(self.data, name) for name in
-                     ("name", "task", "synthetic", "classes", "palette", "mean", "std")}
+                     ("name", "task", "synthetic", "own", "classes", "palette", "mean", "std")}
         images = self.data.train.images
         about = {**described, "train_images": len(images), "size": images.shape[-1]}
         self.record = jsonable({
@@ -384,4 +385,5 @@ def predict(model: nn.Module, dataset: Dataset, split: Split, batch: int,
     model.eval()
     parts = progress(batches.in_order(dataset, split, batch), "evaluation",
                      -(-len(split) // batch))
-    return torch.cat([forward(model, images, dtype) for images, _ in parts])
+    where = split.images.device  # a set too large for the device has logits that are, too
+    return torch.cat([forward(model, images, dtype).to(where) for images, _ in parts])

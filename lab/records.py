@@ -39,7 +39,12 @@ def write(path: Path, record: dict, arrays: dict[str, np.ndarray] | None = None)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         write_atomic(path.with_suffix(".npz"), buffer.getbuffer())
-    write_atomic(path, (json.dumps(jsonable(record), indent=1) + "\n").encode())
+    write_atomic(path, encoded(record))
+
+
+def encoded(record: dict) -> bytes:
+    """A record as it is written."""
+    return (json.dumps(jsonable(record), indent=1) + "\n").encode()
 
 
 def load(folder: Path, protocol: str, order: Iterable[str] = (),

@@ -29,9 +29,8 @@ from torch import Tensor
 
 import data
 import export
-import figures
 import models
-from lab import cli, devices, engine, files, forms, provenance
+from lab import cli, devices, engine, figures, files, forms, provenance
 from lab.cli import flag
 from lab.files import BadInput
 

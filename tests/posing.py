@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lab import batches, engine, provenance
 
 NAME = "a CPU that poses as a GPU"
+MEMORY = 80 << 30  # bytes that it says are free
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PROJECT = (str(provenance.SOURCE), str(provenance.SOURCE / "lab"))
 aten = torch.ops.aten
@@ -82,6 +83,8 @@ class Gpu:
         self.waits: collections.Counter[tuple[str, str]] = collections.Counter()
         self.factories = [False]  # whether the call under way makes its new tensors on the device
         self.silent = False
+        self.pinned: list[Tensor] = []  # the last few, as the ids of others may come back
+        self.ahead = 0  # copies that nothing waited for
 
     def holds(self, tensor: Tensor) -> bool:
         try:
@@ -105,13 +108,20 @@ class Gpu:
         finally:
             self.factories.pop()
 
-    def move(self, tensor: Tensor, device: torch.device, **changes: object) -> Tensor:
-        """What `tensor.to(device, **changes)` gives: itself where nothing changes, else a copy."""
+    def move(self, tensor: Tensor, device: torch.device, nowait: bool = False,
+             **changes: object) -> Tensor:
+        """What `tensor.to(device, **changes)` gives: itself where nothing changes, else a copy.
+
+        With `nowait` (non_blocking) nothing waits for a copy out of pinned memory.
+        """
         there = device.type == "cuda"
         out = tensor.to(**changes) if changes else tensor
         if self.holds(tensor) == there:
             return out
-        self.wait(f"copy {'to' if there else 'from'} the device")
+        if there and nowait and any(tensor is one for one in self.pinned):
+            self.ahead += 1
+        else:
+            self.wait(f"copy {'to' if there else 'from'} the device")
         with self.making(False):
             out = out.clone(memory_format=torch.preserve_format)
         self.storages.pop(out.untyped_storage()._cdata, None)
@@ -224,6 +234,9 @@ class Calls(TorchFunctionMode):
             gpu.wait("tolist")
         if first is not None and name in ("cpu", "cuda"):
             return gpu.move(first, CPU if name == "cpu" else GPU)
+        if name == "pin_memory":
+            gpu.pinned = [*gpu.pinned[-7:], first.clone()]
+            return gpu.pinned[-1]
         if name == "__deepcopy__":
             copied = func(*args, **kwargs)
             return gpu.take(copied) if there else copied
@@ -250,7 +263,7 @@ class Calls(TorchFunctionMode):
 
     def to(self, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
         copy = kwargs.pop("copy", False)
-        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, nowait, layout = torch._C._nn._parse_to(*args, **kwargs)
         changes = {"dtype": dtype} if dtype is not None else {}
         changes |= {"memory_format": layout} if layout is not None else {}
         if device is None:
@@ -259,8 +272,18 @@ class Calls(TorchFunctionMode):
             if device.type == "cuda":
                 raise NotImplementedError("Cannot copy out of meta tensor; no data!")
             return tensor.to(device, **changes)
-        out = self.gpu.move(tensor, device, **changes)
+        out = self.gpu.move(tensor, device, nowait, **changes)
         return out.clone() if copy and out is tensor else out
+
+
+class Stream:
+    """Of a stream and of an event, what does nothing where all happens at once."""
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def record(self, stream: object) -> None:
+        pass
 
 
 def driver(gpu: Gpu) -> list[contextlib.AbstractContextManager]:
@@ -287,11 +310,14 @@ def driver(gpu: Gpu) -> list[contextlib.AbstractContextManager]:
 
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "set_device": None,
                "get_device_name": NAME, "is_bf16_supported": True,
-               "manual_seed_all": None, "is_current_stream_capturing": False}
+               "manual_seed_all": None, "is_current_stream_capturing": False,
+               "mem_get_info": (MEMORY, MEMORY), "Stream": Stream(), "Event": Stream(),
+               "stream": contextlib.nullcontext(), "current_stream": Stream()}
     patches = [mock.patch.object(torch.cuda, name, lambda *args, answer=answer, **more: answer)
                for name, answer in answers.items()]
     patches += [
         mock.patch("torch.autocast", autocast),
+        mock.patch.object(Tensor, "record_stream", lambda tensor, stream: None),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch.object(optimizer, "_group_tensors_by_device_and_dtype", staticmethod(grouped))]
     patches += [mock.patch.object(DistributedDataParallel, name, buckets(

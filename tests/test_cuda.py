@@ -92,6 +92,36 @@ def test_a_precision(train, row, precision):
                                                   "bf16": "bfloat16"}[precision]
 
 
+@pytest.mark.parametrize("row", ["table1", "table2", "table2 --loss dice"])
+def test_a_set_too_large_for_the_device_is_streamed_to_it_with_the_same_bits(
+        train, monkeypatch, row):
+    flags = [row, "--precision fp32 --deterministic --epochs 2"]
+    digests = []
+    for free, out in ((80 << 30, "there"), (1000, "here")):
+        monkeypatch.setattr(batches, "free_memory", lambda device: free)
+        record = json.loads((train(" ".join(flags), out=out) / "seed0.json").read_text())
+        digests.append((record["weights_sha256"], record["curve"], record["metrics"]))
+    if torch.cuda.is_available():  # metrics are taken on the host, whose exp() is another
+        digests = [digest[:2] for digest in digests]
+    assert digests[0] == digests[1]
+
+
+@no_gpu
+def test_streaming_waits_for_nothing_and_is_one_batch_ahead(monkeypatch):
+    monkeypatch.setattr(batches, "free_memory", lambda device: 1000)
+    split = drawn_split(20, torch.Generator().manual_seed(0))
+    dataset = batches.Dataset("", ("a",) * 10, (0.5,), (0.25,), "", False, split, split)
+    with posing.posing() as gpu:
+        there = dataset.to(torch.device("cuda"))
+        assert not there.train.images.is_cuda
+        steps = batches.shuffled(there, 4, 0, 0, True)
+        images, targets = next(steps)
+        assert images.is_cuda and targets.is_cuda and gpu.ahead == 4  # images and targets, twice
+        del steps
+    expected, _ = next(batches.shuffled(dataset, 4, 0, 0, True))
+    assert torch.equal(images, expected)
+
+
 def stopping_after(steps):
     """In place of `distributed.any_signal`: SIGTERM arrives in the step with this number."""
     signals = iter([0] * (steps - 1) + [signal.SIGTERM])
@@ -134,14 +164,14 @@ def test_measurements_and_pictures(train, facades, tmp_path):
     frozen = train("table1 --composites --frozen --base", base, out="frozen") / "seed0.pt"
     scratch = train("table1 --composites --tie 0.9", out="scratch") / "seed0.pt"
     segments = train("table2", out="segments") / "seed0.pt"
-    for name, *flags in (["base", "--measure", base], ["frozen", "--measure", frozen],
-                         ["figure1", "--frozen", frozen, "--scratch", scratch],
-                         ["predictions", "--checkpoint", segments],
-                         ["garments", "--checkpoint", base]):
-        flags += ["--device", "cuda", "--images", 12, "--sweep-images", 2, "--data-root", facades]
-        flags += ["--figure", tmp_path / f"{name}.png", "--out", tmp_path / name / "measured"]
+    measured = [["measure", "--checkpoint", run, "--images", 12, "--sweep-images", 2,
+                 "--out", run.parent / "measured"] for run in (base, frozen)]
+    drawn = {"figure1": ["attention", "--frozen", frozen, "--scratch", scratch],
+             "predictions": ["--checkpoint", segments], "garments": ["--checkpoint", base]}
+    drawn = [[*flags, "--figure", tmp_path / f"{name}.png"] for name, flags in drawn.items()]
+    for flags in (*measured, *drawn):
         with posing.device():
-            interpret.main([str(flag) for flag in flags])
+            interpret.main([*map(str, flags), "--device", "cuda", "--data-root", str(facades)])
     base, frozen = (json.loads((tmp_path / name / "measured/seed0.json").read_text())
                     for name in ("base", "frozen"))
     assert set(base["metrics"]["test"]) == {"equivariance_error_zeros",
@@ -156,13 +186,16 @@ def test_measurements_and_pictures(train, facades, tmp_path):
 # where: what is written there, what is put in its place, the row that runs, and what is said of it
 FAULTS = {
     "the order stays on the host": (
-        "lab.batches.shuffled", "=generator).to(split.images.device)\n", "=generator)\n",
+        "lab.batches.shuffled", "order.to(split.images.device)\n", "order\n",
         "table1", "an index on the host in batches.py"),
     "the flips stay on the host": (
-        "lab.batches.shuffled", "< 0.5).to(split.images.device)", "< 0.5)",
-        "table2", "indices should be either on cpu or on the same device"),
+        "lab.batches.shuffled", "mirrored.to(data.device or split.images.device)", "mirrored",
+        "table2", "at least two devices"),
     "mean and deviation copied in each step": (
         "lab.batches.per_channel", "@functools.cache", "@functools.lru_cache(0)",
+        "table1", "copy to the device in batches.py"),
+    "a batch is copied without being pinned": (
+        "lab.batches.streamed", ".pin_memory()", "",
         "table1", "copy to the device in batches.py"),
     "the data stay on the host": (
         "lab.engine.Run.__init__", "self.data = dataset.to(self.device)", "self.data = dataset",
@@ -177,7 +210,7 @@ FAULTS = {
         "lab.engine.Run.begin_epoch", 'partial["total"].to(self.device)', 'partial["total"]',
         "table2", "at least two devices"),
     "class weights on the host": (
-        "models.class_weights", ".float()", ".float().cpu()",
+        "train_seg.main", ".to(run.device)", ".cpu()",
         "table2", "at least two devices"),
     "classes picked by truth values": (
         "models.dice_loss", "1 - (dice * present).sum()", "1 - dice[mass > 0].sum()",
@@ -217,6 +250,8 @@ def test_a_planted_fault_is_seen(train, monkeypatch, fault):
             patch.setattr(engine, "any_signal", stopping_after(1))
             train(row)
     plant(monkeypatch, where, old, new)
+    if where == "lab.batches.streamed":
+        monkeypatch.setattr(batches, "free_memory", lambda device: 1000)
     with pytest.raises((RuntimeError, TypeError, AssertionError), match=said):
         train(row)
 
@@ -224,9 +259,9 @@ def test_a_planted_fault_is_seen(train, monkeypatch, fault):
 @no_gpu
 def test_a_planted_fault_in_a_measurement_is_seen(train, facades, tmp_path, monkeypatch):
     base = train("table1")
-    plant(monkeypatch, "interpret.fourier_shift", "(height, device=x.device)", "(height)")
+    plant(monkeypatch, "lab.equivariance.fourier_shift", "(height, device=x.device)", "(height)")
     with posing.posing(), pytest.raises(RuntimeError, match="at least two devices"):
-        interpret.main(["--measure", str(base / "seed0.pt"), "--out", str(tmp_path / "measured"),
+        interpret.main(["measure", "--checkpoint", str(base / "seed0.pt"), "--out", str(tmp_path / "measured"),
                         "--device", "cuda", "--sweep-images", "2", "--data-root", str(facades)])
 
 

@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 
 import data
-import figures
 import interpret
 import models
 import study
 import train_cls
 import train_seg
-from lab import cli, files, progress, provenance
+from lab import cli, equivariance, figures, files, panels, progress, provenance
 
 
 @pytest.fixture
@@ -43,6 +42,10 @@ def draw(*flags):
     return cli.guard(lambda: interpret.main([*map(str, flags), "--device", "cpu"]))
 
 
+def draw_study(results):
+    assert cli.guard(lambda: study.main(["figures", "--protocol", "smoke", "--results", str(results)])) == 0
+
+
 def test_segmentation_figure(trained, tiny_root, tmp_path):
     assert draw("--checkpoint", trained, "--data-root", tiny_root, "--figure", tmp_path / "new/figure.png") == 0
     picture = np.asarray(Image.open(tmp_path / "new/figure.png"))
@@ -58,7 +61,7 @@ def test_classification_figure(fashion_root, tmp_path):
 
 @pytest.mark.parametrize("name", ["module://matplotlib_inline.backend_inline", "typo"])
 def test_the_way_that_a_notebook_shows_pictures_is_left_alone(tmp_path, name):
-    code = ("import bench_inference, figures, os, sys; "
+    code = ("import bench_inference, os, sys; from lab import figures; "
             "figures.save(figures.subplots()[0], figures.Path(sys.argv[1], 'figure.png')); "
             "assert 'matplotlib.pyplot' not in sys.modules; "
             f"assert os.environ['MPLBACKEND'] == {name!r}")
@@ -70,9 +73,8 @@ def test_the_way_that_a_notebook_shows_pictures_is_left_alone(tmp_path, name):
 
 def test_rows_are_the_best_the_median_and_the_worst(tiny_root):
     dataset = data.load_facades(tiny_root, size=32)
-    logits = 9.0 * torch.nn.functional.one_hot(dataset.test.targets.long(), 5).movedim(-1, 1)  # all right
-    logits[1] = logits[1].flip(0)  # but for one image
-    figure = figures.draw_segmentation(dataset, logits, {"map": 0.5, "wgap": 0.25})
+    logits = 9.0 * torch.nn.functional.one_hot(dataset.test.targets.long(), 5).movedim(-1, 1)
+    figure = panels.draw_segmentation(dataset, logits, [1.0, 0.4, 1.0], "MAP 50.0 %, WGAP 25.0 %")
     labels = [ax.get_ylabel().split("\n") for ax in figure.axes[::4]]
     assert [label[0].split(":")[0] for label in labels] == ["best", "median", "next to worst", "worst"]
     assert labels[0][1] == "mean IoU 100 %" and labels[-1][0] == "worst: no. 1"
@@ -90,9 +92,9 @@ def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, caps
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record))
             shutil.copy(trained.with_suffix(".npz"), path.with_suffix(".npz"))
-    assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
-    assert {path.name for path in (tmp_path / "results/smoke").glob("*.png")} == {"table2.png", "table2-curves.png",
-                                                                                 "imbalance.png", "hourglass.png"}
+    draw_study(tmp_path / "results")
+    assert {path.name for path in (tmp_path / "results/smoke").glob("*.png")} == {
+        "table2.png", "table2-curves.png", "imbalance.png"}
     assert "table1 has no record yet" in capsys.readouterr().out
 
 
@@ -112,15 +114,15 @@ def test_attention_in_a_cell_by_hand():
     maps[0, 2, 0], maps[0, 3, 3] = 1.0, -5.0
     maps[1, 3, 3] = 2.0
     maps[2] = -1.0  # positive nowhere
-    share, points = interpret.attention_in_cell(maps, torch.tensor([1, 1, 0]))
+    share, points = equivariance.attention_in_cell(maps, torch.tensor([1, 1, 0]))
     assert share.tolist() == [0.75, 0.0, 0.0] and points.tolist()[:2] == [True, False]
 
 
 def test_fourier_shift_is_a_roll_and_between_pixels_exact():
     x = torch.randn(2, 3, 14, 14)
-    assert torch.allclose(interpret.fourier_shift(x, 3, -2), x.roll((3, -2), (2, 3)), atol=1e-5)
+    assert torch.allclose(equivariance.fourier_shift(x, 3, -2), x.roll((3, -2), (2, 3)), atol=1e-5)
     wave = lambda shift: torch.cos(2 * torch.pi * 3 * (torch.arange(14.0) - shift) / 14).expand(1, 1, 14, 14)
-    assert torch.allclose(interpret.fourier_shift(wave(0), 0, 0.25), wave(0.25), atol=1e-5)
+    assert torch.allclose(equivariance.fourier_shift(wave(0), 0, 0.25), wave(0.25), atol=1e-5)
 
 
 @pytest.mark.parametrize("down", ["maxpool", "stride", "blurpool"])
@@ -128,8 +130,8 @@ def test_features_move_exactly_by_whole_strides_once_there_is_no_border(down):
     torch.manual_seed(0)
     model = models.VGGResNet(width=8, down=down).eval()
     x = torch.randn(2, 1, 28, 28)
-    bordered, circular = (interpret.equivariance_error(net, x, 5) for net in
-                          (model, interpret.with_circular_padding(model)))
+    bordered, circular = (equivariance.equivariance_error(net, x, 5) for net in
+                          (model, equivariance.with_circular_padding(model)))
     assert bordered[0][0] < 1e-5 and bordered[4][4] > 1e-2
     assert max(circular[0][0], circular[0][4], circular[4][4]) < 1e-5 and circular[1][0] > 1e-2
 
@@ -138,7 +140,7 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
     monkeypatch.setattr(progress, "EVERY", 0)  # what takes long says how far it is, at every step
 
     def measure(name, seed_folder):
-        flags = ("--measure", surrogates[name], "--out", seed_folder, "--images", 40, "--sweep-images", 2)
+        flags = ("measure", "--checkpoint", surrogates[name], "--out", seed_folder, "--images", 40, "--sweep-images", 2)
         assert draw(*flags, "--data-root", fashion_root) == 0
 
     folder = tmp_path / "results/smoke/attention"
@@ -163,16 +165,16 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
     for row in ("base", "stride"):
         measure(row, folder.parent / "equivariance" / row)
         assert "equivariance: 50 % of 64 shifts" in capsys.readouterr().err
-    assert draw("--study", "smoke", "--results", tmp_path / "results") == 0
-    assert {path.name for path in folder.parent.glob("*.png")} == {"hourglass.png", "ties.png", "shifts.png",
-                                                                  "confusion.png", "equivariance.png"}
+    draw_study(tmp_path / "results")
+    assert {path.name for path in folder.parent.glob("*.png")} == {
+        "ties.png", "shifts.png", "confusion.png", "equivariance.png"}
     study.main(["attention", "--protocol", "smoke", "--results", str(tmp_path / "results")])
     text = (folder.parent / "attention.md").read_text()
     assert "`frozen-tie0`" in text and "over all 841 shifts" in text and "| `stride` |" in text
 
 
 def test_figure1_shows_right_and_wrong_grids_of_both(surrogates, fashion_root, tmp_path):
-    flags = ["--frozen", surrogates["frozen"], "--scratch", surrogates["scratch"], "--data-root", fashion_root]
+    flags = ["attention", "--frozen", surrogates["frozen"], "--scratch", surrogates["scratch"], "--data-root", fashion_root]
     assert draw(*flags, "--figure", tmp_path / "figure1.png") == 0
     assert (tmp_path / "figure1.png").stat().st_size > 50_000
 
@@ -205,7 +207,7 @@ def test_ones_own_images(surrogates, trained, tmp_path, capsys):
 def test_a_large_photo_is_drawn_at_the_size_of_its_panel():
     maps = [np.zeros((3, 4, 4), np.float32)]
     photo = np.zeros((3000, 2000), np.uint8)
-    figure = figures.draw_overlays([photo], maps, ["a"], [["b"] * 3], diverging=False)
+    figure = panels.draw_overlays([photo], maps, ["a"], [["b"] * 3], diverging=False)
     drawn = figure.axes[0].get_images()[0]
     assert drawn.get_size() == (512, 341) and drawn.get_extent() == [0, 2000, 3000, 0]
 
@@ -222,10 +224,11 @@ def test_the_architecture_is_read_off_the_modules():
 def test_differences_show_ours_and_the_reports(tmp_path):
     def record(value):
         np.savez(tmp_path / f"{value}.npz", accuracy=np.full(9, value))
-        return {"metrics": {"test": {"accuracy": value}}, "path": str(tmp_path / f"{value}.json")}
+        return {"metrics": {"test": {"accuracy": value}}, "curve": {"loss": [1.0]},
+                "path": str(tmp_path / f"{value}.json")}
     rows = {"maxpool-2-32": {0: record(0.9), 1: record(0.9)}, "stride-2-32": {0: record(0.88), 1: record(0.89)},
             "my-own": {0: record(0.95)}}
-    ax = figures.draw_differences(rows, "table1").axes[0]
+    ax = study.draw_table(rows, "table1")["table1.png"].axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["stride-2-32", "my-own"]
     drawn = sorted(round(float(line.get_xdata()[0]), 2) for line in ax.lines if line.get_marker() in ("o", "D"))
     assert drawn == [-1.5, -1.15, 5.0]  # ours, the report's, and a row that the report does not have
@@ -236,10 +239,10 @@ def test_refusals(trained, tiny_root, tmp_path, capsys):
         assert draw(*flags) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "nothing.pt is not there: `make interpret` trains" in message("--frozen", tmp_path / "nothing.pt")
-    assert "it measures classifiers" in message("--measure", trained, "--out", tmp_path)
-    assert "--measure needs --out" in message("--measure", trained)
-    assert "is no surrogate" in message("--frozen", trained)
+    assert "nothing.pt is not there: `make interpret` trains" in message("attention", "--frozen", tmp_path / "nothing.pt")
+    assert "measure takes classifiers" in message("measure", "--checkpoint", trained, "--out", tmp_path)
+    assert "measure needs --checkpoint" in message("measure", "--checkpoint", trained)
+    assert "is no surrogate" in message("attention", "--frozen", trained)
     assert "nothing.pt: No such file" in message("--checkpoint", tmp_path / "nothing.pt")
     (tmp_path / "empty").mkdir()
     said = message("--checkpoint", trained, "--data-root", tmp_path / "empty")
@@ -249,3 +252,22 @@ def test_refusals(trained, tiny_root, tmp_path, capsys):
     torch.save(state, tmp_path / "half.pt")
     assert "half.pt is of an unfinished run (epoch 2)" in message("--checkpoint", tmp_path / "half.pt")
     assert "must end in .png" in message("--checkpoint", trained, "--figure", tmp_path / "figure.xyz")
+
+
+def test_one_command_at_a_time(trained, tmp_path, capsys):
+    """Flags of another command are refused, where they were dropped without a word."""
+    assert draw("measure", "--checkpoint", trained, "--out", tmp_path, "--image", "x.png") == 2
+    assert "unrecognized arguments: --image" in capsys.readouterr().err
+    assert draw() == 2
+    assert "or a command, one of predictions, attention, measure, architecture" in capsys.readouterr().err
+
+
+def test_the_architecture_is_drawn(tmp_path):
+    assert cli.guard(lambda: interpret.main(["architecture", "--figure", str(tmp_path / "a.png")])) == 0
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_surrogates_are_found_by_what_they_are_not_by_their_folders_name():
+    of = lambda frozen, tie: {0: {"config": {"frozen": frozen, "tie": tie, "seed": 0}}}
+    rows = {"mine": of(True, 0.0), "another": of(False, 0.9)}
+    assert study.surrogates(rows) == {("frozen", 0.0): rows["mine"], ("scratch", 0.9): rows["another"]}

@@ -16,7 +16,7 @@ from lab.files import BadInput
 
 REPO = Path(__file__).parents[1]
 SCRIPTS = {"train_cls", "train_seg", "interpret", "export", "predict", "study"}
-MODULES = {"models", "data", "metrics", "figures"}
+MODULES = {"models", "data", "metrics"}
 
 
 def imported(path: Path) -> set[str]:

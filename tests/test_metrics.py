@@ -165,3 +165,26 @@ def test_binned_average_precision_by_hand():
 def test_class_table_marks_an_absent_class():
     lines = metrics.class_table({"AP": {"a": 0.5, "b": None}}).splitlines()
     assert lines[1].split() == ["a", "50.0"] and lines[2].split() == ["b", "absent"]
+
+
+def test_void_pixels_count_in_no_metric():
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 3, 8, 8) * 2, torch.randint(0, 3, (4, 8, 8))
+    labelled = torch.rand(4, 8, 8) < 0.7
+    void = target.where(labelled, metrics.VOID).to(torch.uint8)
+    rows = logits.movedim(1, -1)[labelled], target[labelled]  # pixels as images of one pixel
+    expected = metrics.segmentation(rows[0][..., None, None], rows[1][..., None, None], NAMES)
+    found = metrics.segmentation(logits, void, NAMES)
+    for key in ("ap", "ap_logits", "iou", "map", "wgap", "miou", "pixel_accuracy"):
+        assert found[key] == pytest.approx(expected[key], abs=1e-12), key
+    counts = metrics.score_histograms(logits.softmax(1), void, torch.tensor([0, 0, 1, 1]))
+    assert counts["hits"].sum((0, 2)).tolist() == rows[1].bincount().tolist()
+    assert (counts["hits"] + counts["misses"]).sum((0, 2)).tolist() == [labelled.sum()] * 3
+    binned = metrics.binned_average_precision(counts["hits"].sum(0), counts["misses"].sum(0))
+    assert binned.tolist() == pytest.approx(list(expected["ap"].values()), abs=0.02)
+
+
+def test_a_split_of_void_alone_has_no_metric():
+    found = metrics.segmentation(torch.randn(1, 3, 2, 2), torch.full((1, 2, 2), metrics.VOID),
+                                 NAMES)
+    assert math.isnan(found["map"]) and math.isnan(found["miou"]) and found["classes_counted"] == 0

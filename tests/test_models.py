@@ -341,3 +341,31 @@ def test_8_bits_are_near_the_model_and_the_layers_named_stay_in_float(model, sha
             found = forms.to_int8(folded, x, in_float)
             assert weights(found) == kept
             assert 0 < (found(x) - folded(x)).norm() / folded(x).norm() < 0.2
+
+
+# ---- void pixels ----
+
+LOSSES = {"ce": models.cross_entropy, "dice": models.dice_loss,
+          "wce": lambda *args: models.cross_entropy(*args, weight=torch.tensor([0.5, 1, 3]))}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_with_void_is_that_of_the_labelled_pixels_alone(name):
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 4, 6, requires_grad=True), torch.randint(0, 3, (2, 4, 6))
+    void = target.where(torch.rand(2, 4, 6) < 0.6, models.VOID).to(torch.uint8)
+    labelled = void != models.VOID
+    found = LOSSES[name](logits, void)
+    rows = logits.movedim(1, -1)[labelled], target[labelled]
+    assert found.item() == pytest.approx(LOSSES[name](*rows).item(), rel=1e-6)
+    found.backward()
+    assert (logits.grad.movedim(1, -1)[~labelled] == 0).all()
+    assert (logits.grad.movedim(1, -1)[labelled] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_of_void_alone_has_no_gradient(name):
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = LOSSES[name](logits, torch.full((2, 4, 4), models.VOID, dtype=torch.uint8))
+    loss.backward()
+    assert loss.item() in (0, 1) and (logits.grad == 0).all()
