@@ -25,7 +25,8 @@ def real_root(*needed: str) -> Path:
     root = Path(os.environ.get("DATA_ROOT") or "data")
     for name in needed:
         if not (root / name).is_dir():
-            pytest.skip(f"needs the real {name} set: set DATA_ROOT to a folder that has it (now {root})")
+            pytest.skip(f"needs the real {name} set: set DATA_ROOT to a folder that has it "
+                        f"(now {root})")
     return root
 
 
@@ -57,7 +58,7 @@ def make_tiny_root(root: Path, train: int = 6, test: int = 3, size: int = 32) ->
 
 
 def small_root(real: Path, root: Path) -> Path:
-    """A data root with both real sets of 28x28 images, and a facade set of a few drawn ones: a run takes seconds."""
+    """A data root of both real sets of 28x28 images and a few drawn facades: runs take seconds."""
     for name in ("FashionMNIST", "MNIST"):
         (root / name).symlink_to((real / name).resolve())
     return make_tiny_root(root, 24, 8)
@@ -87,7 +88,8 @@ def seg(tmp_path_factory) -> Path:
     """A finished segmentation run, its data root, and in seed0/ its export, every form."""
     folder = tmp_path_factory.mktemp("seg")
     root = make_tiny_root(folder / "root")
-    trained("train_seg", folder, "--hourglasses", 1, "--epochs", 30, "--batch", 2, "--lr", 5e-3, root=root)
+    trained("train_seg", folder, "--hourglasses", 1, "--epochs", 30, "--batch", 2, "--lr", 5e-3,
+            root=root)
     return exported(folder, root=root)  # trained for long enough to have something to lose
 
 
@@ -95,19 +97,19 @@ def seg(tmp_path_factory) -> Path:
 def cls(tmp_path_factory) -> Path:
     """The same for a classifier that knows a boot, without the AOTInductor package."""
     root = real_root("FashionMNIST")
-    folder = trained("train_cls", tmp_path_factory.mktemp("cls"), "--depth", 1, "--train-images", 12000, "--epochs", 3,
-                     "--batch", 32, "--lr", 4e-3, root=root)
+    folder = trained("train_cls", tmp_path_factory.mktemp("cls"), "--depth", 1, "--epochs", 3,
+                     "--train-images", 12000, "--batch", 32, "--lr", 4e-3, root=root)
     return exported(folder, "--no-aot", root=root)
 
 
 @pytest.fixture(scope="session", params=[(64, 256), (128, 1024)], ids=["64px", "128px"])
 def sized(request, tmp_path_factory) -> tuple[Path, int, int]:
-    """The float forms of a run at another size than its photos have, in seed0/; its size, and that of the photos."""
+    """The float forms of a run at another size than its photos', in seed0/; both sizes."""
     size, photos = request.param
     folder = tmp_path_factory.mktemp("sized")
     root = make_tiny_root(folder / "root", size=photos)
-    trained("train_seg", folder, "--hourglasses", 1, "--epochs", 20, "--batch", 2, "--lr", 5e-3, "--precision", "fp32",
-            "--size", size, root=root)
+    trained("train_seg", folder, "--hourglasses", 1, "--epochs", 20, "--batch", 2, "--lr", 5e-3,
+            "--precision", "fp32", "--size", size, root=root)
     return exported(folder, "--no-aot", "--no-int8", root=root), size, photos
 
 
@@ -117,7 +119,8 @@ def runner() -> Path:
     if not shutil.which(compiler):
         pytest.skip("no C++ compiler (CXX, else g++): the C++ program cannot be built")
     headers = "#include <cstdio>\n#include <png.h>\n#include <jpeglib.h>\n"
-    if subprocess.run([compiler, "-fsyntax-only", "-x", "c++", "-"], input=headers.encode(), stderr=subprocess.PIPE).returncode:
+    if subprocess.run([compiler, "-fsyntax-only", "-x", "c++", "-"], input=headers.encode(),
+                      stderr=subprocess.PIPE).returncode:
         pytest.skip("no libpng-dev or libjpeg-dev: the C++ program cannot be built")
     repo = Path(__file__).parents[1]
     subprocess.run(["make", "cpp/runner", f"PY={sys.executable}"], cwd=repo, check=True)
