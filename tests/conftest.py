@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import data
-from lab import progress
+from lab import cli, progress
 
 progress.EVERY = math.inf  # else how fast the machine is would decide which test reads such a line
 
@@ -64,13 +64,32 @@ def small_root(real: Path, root: Path) -> Path:
     return make_tiny_root(root, 24, 8)
 
 
-# ---- trained and exported once for all tests ----
+def cut(share: float):
+    """Damage for a file: all but this share of it from its start is gone."""
+    return lambda path: path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+# ---- scripts run in this process; trained and exported once for all tests ----
 
 def run(script: str, *argv) -> int:
     """A script's main, in this process: its exit code."""
-    from lab import cli  # here, as most tests need none of this
     main = importlib.import_module(script).main
     return cli.guard(lambda: main([*map(str, argv), "--device", "cpu"]))
+
+
+def refused(capsys, script: str, *argv) -> str:
+    """The one line that a script gives for its bad input."""
+    main = importlib.import_module(script).main
+    code = cli.guard(lambda: main([*map(str, argv)]))
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("NOTE")]
+    assert code == 2 and len(errors) == 1 and errors[0].startswith("error: "), errors
+    return errors[0]
 
 
 def trained(script: str, folder: Path, *flags, root: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of the IDX and the archive reader, from valid samples, by test_fuzz's checks.
+"""Coverage-guided fuzzing of the IDX and the archive reader, by the checks of test_fuzz.py.
 
     PYTHONPATH=. python tests/fuzz.py idx --seconds 60      or archive
 
@@ -82,12 +82,12 @@ def main() -> None:
             raise
 
     with checks.scratch() as folder:
-        corpus = checks.put(Path(folder, "corpus"), {str(i): sample
-                                                     for i, sample in enumerate(samples)})
+        corpus = checks.put(Path(folder, "corpus"),
+                            {str(i): sample for i, sample in enumerate(samples)})
         flags = [str(corpus), f"-artifact_prefix={folder}/", f"-max_total_time={args.seconds}",
                  "-max_len=16384", "-rss_limit_mb=4096", "-timeout=0"]  # the checks stop what hangs
         atheris.Setup([sys.argv[0], *flags], target)
-        process = multiprocessing.get_context("fork").Process(target=atheris.Fuzz)  # ends its process
+        process = multiprocessing.get_context("fork").Process(target=atheris.Fuzz)  # it ends itself
         process.start()
         process.join()
     sys.exit(process.exitcode != 0)

@@ -116,7 +116,7 @@ def test_normalise():
     assert found.flatten().tolist() == pytest.approx([-2, 2])
 
 
-# ---- the data root; broken sets are in test_bad_input.py ----
+# ---- the data root; broken sets are in test_bad_data.py ----
 
 def test_a_data_root_that_is_named_must_exist(tmp_path, monkeypatch):
     monkeypatch.delenv("DATA_ROOT", raising=False)
