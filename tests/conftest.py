@@ -1,4 +1,5 @@
 import importlib
+import json
 import math
 import os
 import shutil
@@ -78,9 +79,10 @@ def flip_a_bit(path: Path) -> None:
 # ---- scripts run in this process; trained and exported once for all tests ----
 
 def run(script: str, *argv) -> int:
-    """A script's main, in this process: its exit code."""
+    """A script's main, in this process, on the CPU unless told otherwise: its exit code."""
     main = importlib.import_module(script).main
-    return cli.guard(lambda: main([*map(str, argv), "--device", "cpu"]))
+    device = () if "--device" in argv else ("--device", "cpu")
+    return cli.guard(lambda: main([*map(str, argv), *device]))
 
 
 def refused(capsys, script: str, *argv) -> str:
@@ -90,6 +92,25 @@ def refused(capsys, script: str, *argv) -> str:
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("NOTE")]
     assert code == 2 and len(errors) == 1 and errors[0].startswith("error: "), errors
     return errors[0]
+
+
+def one_error(capsys) -> str:
+    """The one line of an error among what was said so far."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def run_seg(root: Path, out: Path, *flags: str) -> int:
+    """A tiny segmentation run, two epochs of three steps on the tiny facades: its exit code."""
+    tiny = ("--protocol", "smoke", "--size", 32, "--width", 4, "--batch", 2)
+    return run("train_seg", *tiny, "--data-root", root, "--out", out, *flags)
+
+
+def result(out: Path) -> dict:
+    """What a run computed, without when and where: weights, losses, metrics."""
+    record = json.loads((out / "seed0.json").read_text())
+    return {key: record[key] for key in ("weights_sha256", "curve", "metrics", "config", "data")}
 
 
 def trained(script: str, folder: Path, *flags, root: Path) -> Path:
