@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.batches import VOID
+from lab.files import BadInput
 
 # in place: no one else reads a norm's output, and a step touches less memory
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity}
@@ -292,10 +293,14 @@ def settings_of(config: dict) -> dict:
     return {name: config[name] for name in parameters if name in config}
 
 
-def settings_of_others(config: dict) -> list[str]:
-    """Those of a run's settings that its own network does not take, but another family does."""
+def refuse_settings_of_others(config: dict, defaults: dict) -> None:
+    """BadInput for a setting that is changed, but that another family's network takes alone."""
     known = {name for family in FAMILIES.values() for name in inspect.signature(family).parameters}
-    return [name for name in config if name in known - settings_of(config).keys()]
+    taken = settings_of(config)
+    for name in config:
+        if name in known - taken.keys() and config[name] != defaults[name]:
+            raise BadInput(f"--{name.replace('_', '-')} switches another network; --arch "
+                           f"{config['arch']} takes {', '.join(taken) or 'no switch'}")
 
 
 def build(config: dict, channels: int, classes: int) -> nn.Module:

@@ -55,6 +55,7 @@ class Config(engine.Settings):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at "
                                f"least 1")
+        models.refuse_settings_of_others(asdict(self), cli.defaults(Config))
         if not 0 <= self.tie <= 1:
             raise BadInput(f"--tie {self.tie}: must be in [0, 1]")
         if self.tie and not self.composites:

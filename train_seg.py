@@ -55,10 +55,7 @@ class Config(engine.Settings):
             raise BadInput(f"--dropout {self.dropout}: must be in [0, 1)")
         if not math.isfinite(self.weight_power):
             raise BadInput(f"--weight-power {self.weight_power}: must be finite")
-        for name in models.settings_of_others(asdict(self)):
-            if getattr(self, name) != getattr(Config, name):
-                raise BadInput(f"--{name.replace('_', '-')} switches another network; --arch "
-                               f"{self.arch} takes {', '.join(models.settings_of(asdict(self)))}")
+        models.refuse_settings_of_others(asdict(self), cli.defaults(Config))
 
 
 PROTOCOLS = {
