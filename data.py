@@ -456,7 +456,7 @@ def synthetic_splits() -> list[tuple[Tensor, Tensor]]:
 def load_recorded(record: dict, root: Path) -> Dataset:
     """The data set that a record's run was trained and tested on. BadInput if the root holds another."""
     config = record["config"]
-    if "arch" in config:
+    if record["about_data"]["task"] == "segmentation":
         dataset = load_facades(root, config["split"], config["size"])
     elif config.get("composites"):
         dataset = load_composites(root, config["split"], config["train_images"], config["tie"])

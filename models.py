@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.batches import VOID
+from lab.files import BadInput
 
 # in place: no one else reads a norm's output, and a step touches less memory
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity}
@@ -277,7 +278,9 @@ class UNet(nn.Module):
         return self.head(self.features(x))
 
 
-FAMILIES = {"vgg-resnet": VGGResNet, "hourglass": HourGlass, "unet": UNet}
+CLASSIFIERS = {"vgg-resnet": VGGResNet}
+SEGMENTERS = {"hourglass": HourGlass, "unet": UNet}
+FAMILIES = {**CLASSIFIERS, **SEGMENTERS}
 
 
 def settings_of(config: dict) -> dict:
@@ -286,8 +289,18 @@ def settings_of(config: dict) -> dict:
     config is that of a record, or a training script's Config as a dict. It names a family (`arch`;
     without one a VGG-ResNet).
     """
-    family = FAMILIES[config.get("arch", "vgg-resnet")]
-    return {name: config[name] for name in inspect.signature(family).parameters if name in config}
+    parameters = inspect.signature(FAMILIES[config.get("arch", "vgg-resnet")]).parameters
+    return {name: config[name] for name in parameters if name in config}
+
+
+def refuse_settings_of_others(config: dict, defaults: dict) -> None:
+    """BadInput for a setting that is changed, but that another family's network takes alone."""
+    known = {name for family in FAMILIES.values() for name in inspect.signature(family).parameters}
+    taken = settings_of(config)
+    for name in config:
+        if name in known - taken.keys() and config[name] != defaults[name]:
+            raise BadInput(f"--{name.replace('_', '-')} switches another network; --arch "
+                           f"{config['arch']} takes {', '.join(taken) or 'no switch'}")
 
 
 def build(config: dict, channels: int, classes: int) -> nn.Module:
@@ -371,6 +384,12 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     dice = 2 * (probs * truth).sum(0) / (probs.sum(0) + mass).clamp_min(1e-12)
     present = (mass > 0).float()
     return 1 - (dice * present).sum() / present.sum().clamp_min(1)
+
+
+# {name: loss(logits, target, weight (C,) of each class)}
+LOSSES = {"wce": cross_entropy,
+          "ce": lambda logits, target, weight: cross_entropy(logits, target),
+          "dice": lambda logits, target, weight: dice_loss(logits, target)}
 
 
 def class_weights(counts: Tensor, power: float) -> Tensor:

@@ -29,6 +29,7 @@ from lab.provenance import weights_digest
 
 @dataclass(frozen=True, kw_only=True)
 class Config(engine.Settings):
+    arch: typing.Literal[tuple(models.CLASSIFIERS)] = flag("vgg-resnet", "network")
     depth: int = flag(2, "residual blocks in each of the three stages")
     width: int = flag(32, "channels of the first stage; the next ones have 2x and 4x")
     down: typing.Literal["maxpool", "stride", "blurpool"] = flag(
@@ -54,6 +55,7 @@ class Config(engine.Settings):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at "
                                f"least 1")
+        models.refuse_settings_of_others(asdict(self), cli.defaults(Config))
         if not 0 <= self.tie <= 1:
             raise BadInput(f"--tie {self.tie}: must be in [0, 1]")
         if self.tie and not self.composites:

@@ -8,6 +8,7 @@ from torch import nn
 
 import models
 from lab import forms, provenance
+from lab.files import BadInput
 from models import HourGlass, UNet, VGGResNet
 
 # every network of the two tables: its class, its arguments, and its parameters where no formula below gives them
@@ -369,3 +370,17 @@ def test_a_batch_of_void_alone_has_no_gradient(name):
     loss = LOSSES[name](logits, torch.full((2, 4, 4), models.VOID, dtype=torch.uint8))
     loss.backward()
     assert loss.item() in (0, 1) and (logits.grad == 0).all()
+
+
+def test_a_network_takes_its_own_switches_alone(monkeypatch):
+    """A family is added by its class and its name: flags of others are refused without more."""
+    class Linear(torch.nn.Linear):
+        def __init__(self, channels: int, classes: int):
+            super().__init__(channels, classes)
+
+    monkeypatch.setitem(models.FAMILIES, "linear", Linear)
+    defaults = {"arch": "vgg-resnet", "depth": 2, "lr": 0.1}
+    assert isinstance(models.build({"arch": "linear", "depth": 2}, 1, 10), Linear)
+    models.refuse_settings_of_others({"arch": "linear", "depth": 2, "lr": 0.5}, defaults)
+    with pytest.raises(BadInput, match="--depth switches another network; --arch linear takes no switch"):
+        models.refuse_settings_of_others({"arch": "linear", "depth": 3, "lr": 0.1}, defaults)
