@@ -35,11 +35,12 @@ def own_device(name: str) -> torch.device:
 def join_group(name: str) -> None:
     """Under torchrun, join the other processes; the first alone speaks from now on, and writes.
 
-    name is that of the device, as in `own_device`. A script calls it once, before `engine.Run`.
+    name is that of the device, as in `own_device`. A script calls it once, before it reads its data:
+    BadInput for a device that this machine lacks.
     """
+    device = own_device(name)
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
-    device = own_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
