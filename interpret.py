@@ -101,23 +101,13 @@ class Architecture:
 
 # ---- class activation maps ----
 
-def activation_maps(model: nn.Module, features: Tensor) -> Tensor:
-    """Exact class activation maps (Zhou et al. 2016, section 2): float32 (N, classes, h, w).
-
-    What each position of the features, float32 (N, C, h, w), gives to each class's logit: summed
-    over positions, plus the classifier's bias, they are the logits.
-    """
-    positions = features.shape[2] * features.shape[3]
-    return torch.einsum("nchw,kc->nkhw", features, model.classifier.weight) / positions
-
-
 @torch.inference_mode()
 def predict_with_maps(model: nn.Module, dataset: Dataset, split: Split, batch: int,
                       dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) of a split, and the maps (N, classes, h, w) that they sum."""
     parts = progress(batches.in_order(dataset, split, batch), "attention",
                      -(-len(split) // batch))
-    maps = torch.cat([activation_maps(model, engine.features_of(model, images, dtype))
+    maps = torch.cat([model.activation_maps(engine.features_of(model, images, dtype))
                       for images, _ in parts])
     return maps.sum((2, 3)) + model.classifier.bias, maps
 
@@ -328,7 +318,7 @@ def draw_images(model: nn.Module, record: dict, paths: tuple[str, ...],
             captions.append([f"{name}: {100 * share:.0f} % of pixels"
                              for name, share in zip(classes, shares / about["size"]**2)])
         else:
-            layers = activation_maps(model, model.features(batch))
+            layers = model.activation_maps(model.features(batch))
             logits = layers.sum((2, 3)) + model.classifier.bias
             likely, order = logits.softmax(1)[0].topk(min(3, len(classes)))
             maps.append(layers[0, order].cpu().numpy())

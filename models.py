@@ -176,6 +176,15 @@ class VGGResNet(nn.Module):
         # mean, not adaptive pooling: its backward is deterministic on CUDA
         return self.classifier(features.mean((2, 3)))
 
+    def activation_maps(self, features: Tensor) -> Tensor:
+        """Exact class activation maps (Zhou et al. 2016, section 2): float32 (N, classes, h, w).
+
+        What each position of the features, float32 (N, C, h, w), gives to each class's logit:
+        summed over positions, plus the classifier's bias, they are the logits.
+        """
+        positions = features.shape[2] * features.shape[3]
+        return torch.einsum("nchw,kc->nkhw", features, self.classifier.weight) / positions
+
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
@@ -348,6 +357,22 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(self.normalise(images))
+
+
+class WithMaps(nn.Module):
+    """A deployed classifier that says where it looks: uint8 (N, C, H, W) -> logits and maps.
+
+    float32 (N, classes) and (N, classes, h, w), see `VGGResNet.activation_maps`.
+    """
+
+    def __init__(self, deployed: Deployed):
+        super().__init__()
+        self.deployed = deployed
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.deployed.model
+        features = model.features(self.deployed.normalise(images))
+        return model.head(features), model.activation_maps(features)
 
 
 def pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
