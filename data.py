@@ -359,7 +359,7 @@ def load_recorded(record: dict, root: Path, folder: str | None = None) -> Datase
                            f"{record['data'][:12]}; name it with --data")
         dataset = load_own(folder, about["task"], about["size"], config["split"],
                            config.get("train_images"))
-    elif "arch" in config:
+    elif about["task"] == "segmentation":
         dataset = load_facades(root, config["split"], config["size"])
     elif config.get("composites"):
         dataset = load_composites(root, config["split"], config["train_images"], config["tie"])

@@ -277,7 +277,9 @@ class UNet(nn.Module):
         return self.head(self.features(x))
 
 
-FAMILIES = {"vgg-resnet": VGGResNet, "hourglass": HourGlass, "unet": UNet}
+CLASSIFIERS = {"vgg-resnet": VGGResNet}
+SEGMENTERS = {"hourglass": HourGlass, "unet": UNet}
+FAMILIES = {**CLASSIFIERS, **SEGMENTERS}
 
 
 def settings_of(config: dict) -> dict:
@@ -286,8 +288,14 @@ def settings_of(config: dict) -> dict:
     config is that of a record, or a training script's Config as a dict. It names a family (`arch`;
     without one a VGG-ResNet).
     """
-    family = FAMILIES[config.get("arch", "vgg-resnet")]
-    return {name: config[name] for name in inspect.signature(family).parameters if name in config}
+    parameters = inspect.signature(FAMILIES[config.get("arch", "vgg-resnet")]).parameters
+    return {name: config[name] for name in parameters if name in config}
+
+
+def settings_of_others(config: dict) -> list[str]:
+    """Those of a run's settings that its own network does not take, but another family does."""
+    known = {name for family in FAMILIES.values() for name in inspect.signature(family).parameters}
+    return [name for name in config if name in known - settings_of(config).keys()]
 
 
 def build(config: dict, channels: int, classes: int) -> nn.Module:
@@ -371,6 +379,12 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     dice = 2 * (probs * truth).sum(0) / (probs.sum(0) + mass).clamp_min(1e-12)
     present = (mass > 0).float()
     return 1 - (dice * present).sum() / present.sum().clamp_min(1)
+
+
+# {name: loss(logits, target, weight (C,) of each class)}
+LOSSES = {"wce": cross_entropy,
+          "ce": lambda logits, target, weight: cross_entropy(logits, target),
+          "dice": lambda logits, target, weight: dice_loss(logits, target)}
 
 
 def class_weights(counts: Tensor, power: float) -> Tensor:

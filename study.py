@@ -153,6 +153,8 @@ def median_errors(tables: dict[str, dict]) -> dict[str, dict]:
                 continue
             parts = [estimates.test_set_part(rows, row, base, key, REDRAWS)
                      for row in others if pairs_of(rows, row, base)]
+            if None in parts:
+                continue
             spreads = estimates.spreads(rows, split, key).values()
             typical = lambda variances: float(np.sqrt(np.median(variances)))
             found[name] = {"spread": typical([part.variance for part in spreads if part.dof > 0]),
@@ -169,7 +171,7 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
     heads = " | ".join(f"{name} | report" for name, _, _ in columns.values())
     lines = [f"| row | {heads} | seeds | parameters | multiply-adds | training |",
              "|---|" + "--:|" * (2 * len(columns) + 4)]
-    held = {name: [] for name, _, _ in columns.values()}
+    held, seeds_alone = {name: [] for name, _, _ in columns.values()}, set()
     for row in [*REPORT[table], *(row for row in rows if row not in REPORT[table])]:
         label, reported = REPORT[table].get(row, (plain(row), {}))
         runs, cells, signed = rows.get(row, {}), [], row != base_row
@@ -177,6 +179,8 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
             ours = estimate(rows, row, base_row if signed else None, split, key)
             value = reported.get(column)
             cells.append(number(ours.mean, ours.half, signed) if ours.values else "not run")
+            if split == "test" and len(ours.error) == 1:
+                seeds_alone.add(name)
             holds = None if value is None else ours.holds(value)
             if holds is not None:
                 held[name].append(holds)
@@ -196,10 +200,11 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
     devices = sorted({plain(record["environment"]["device"]) for record in made_of})
     marked = "".join(f"{name}: {sum(marks)} of {len(marks)} do. "
                      for name, marks in held.items() if marks)
+    alone = f"Of {', '.join(sorted(seeds_alone))} ± is over seeds alone. " if seeds_alone else ""
     note = ("Percent. First row: value; others: difference from it, paired by seed. ± is the 95 % "
             "interval, over seeds and, on the test split, over its images. ✓: the report's "
             "number lies in the 95 % prediction interval of one more such run; ✗: it does not. "
-            f"{marked}Device: {'; '.join(devices) or 'none yet'}. {records.caveat(made_of)}")
+            f"{alone}{marked}Device: {'; '.join(devices) or 'none yet'}. {records.caveat(made_of)}")
     return "\n".join([*lines, "", note.rstrip()]) + "\n"
 
 

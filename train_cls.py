@@ -29,6 +29,7 @@ from lab.provenance import weights_digest
 
 @dataclass(frozen=True, kw_only=True)
 class Config(engine.Settings):
+    arch: typing.Literal[tuple(models.CLASSIFIERS)] = flag("vgg-resnet", "network")
     depth: int = flag(2, "residual blocks in each of the three stages")
     width: int = flag(32, "channels of the first stage; the next ones have 2x and 4x")
     down: typing.Literal["maxpool", "stride", "blurpool"] = flag(

@@ -13,7 +13,7 @@ import functools
 import math
 import sys
 import typing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import metrics
 import models
@@ -26,7 +26,7 @@ from lab.files import BadInput
 
 @dataclass(frozen=True, kw_only=True)
 class Config(engine.Settings):
-    arch: typing.Literal["hourglass", "unet"] = flag(
+    arch: typing.Literal[tuple(models.SEGMENTERS)] = flag(
         "hourglass", "network; unet takes --width alone")
     hourglasses: int = flag(2, "hourglasses in a row")
     width: int = flag(32, "channels at full resolution; they double at each halving")
@@ -35,7 +35,7 @@ class Config(engine.Settings):
     norm: bool = flag(True, "BatchNorm after each convolution")
     act: typing.Literal["relu", "gelu", "none"] = flag("relu", "activation")
     dropout: float = flag(0.2, "share of the bottleneck's values that are dropped")
-    loss: typing.Literal["wce", "ce", "dice"] = flag(
+    loss: typing.Literal[tuple(models.LOSSES)] = flag(
         "wce", "weighted cross entropy, cross entropy, or Dice")
     weight_power: float = flag(
         0.5, "wce: a class weighs its share of the training pixels to the -power")
@@ -55,10 +55,10 @@ class Config(engine.Settings):
             raise BadInput(f"--dropout {self.dropout}: must be in [0, 1)")
         if not math.isfinite(self.weight_power):
             raise BadInput(f"--weight-power {self.weight_power}: must be finite")
-        for name in ("hourglasses", "intra_skip", "inter_skip", "norm", "act", "dropout"):
-            if self.arch == "unet" and getattr(self, name) != getattr(Config, name):
-                raise BadInput(f"--{name.replace('_', '-')} switches the hourglass; --arch unet "
-                               f"takes --width alone")
+        for name in models.settings_of_others(asdict(self)):
+            if getattr(self, name) != getattr(Config, name):
+                raise BadInput(f"--{name.replace('_', '-')} switches another network; --arch "
+                               f"{self.arch} takes {', '.join(models.settings_of(asdict(self)))}")
 
 
 PROTOCOLS = {
@@ -77,12 +77,11 @@ def main(argv: list[str] | None = None) -> None:
     if run.record is None:
         counts = run.data.train.class_counts(len(dataset.classes))
         weights = models.class_weights(counts, cfg.weight_power).to(run.device)
-        losses = {"wce": functools.partial(models.cross_entropy, weight=weights),
-                  "ce": models.cross_entropy, "dice": models.dice_loss}
         if cfg.loss == "wce":
             print("class weights " + "  ".join(
                 f"{name} {weight:.2f}" for name, weight in zip(dataset.classes, weights.tolist())))
-        engine.fit(run, losses[cfg.loss], flip=True)
+        loss = functools.partial(models.LOSSES[cfg.loss], weight=weights)
+        engine.fit(run, loss, flip=True)
         scores, arrays = run.evaluate(
             metrics.segmentation, lambda logits, split: metrics.score_histograms(
                 logits.softmax(1), split.targets, split.photos))

@@ -45,18 +45,20 @@ class Estimate:
         return bool(abs(value - self.mean) <= half_width(self.one_more))
 
 
-def each_image(record: dict, key: str) -> np.ndarray:
-    """The values per test image whose mean is a metric: an array of its name, else accuracy."""
+def each_image(record: dict, key: str) -> np.ndarray | None:
+    """The values per test image whose mean is a metric, None where the run kept none."""
     arrays = load_arrays(arrays_file(record))
-    values = arrays[key] if key in arrays else arrays["prediction"] == arrays["target"]
-    return values.astype(np.float64)
+    if key == "accuracy" and key not in arrays:
+        return (arrays["prediction"] == arrays["target"]).astype(np.float64)
+    return arrays[key].astype(np.float64) if key in arrays else None
 
 
-def test_set_part(rows: dict, row: str, other: str | None, key: str, redraws: Redraws) -> Part:
+def test_set_part(rows: dict, row: str, other: str | None, key: str,
+                  redraws: Redraws) -> Part | None:
     """Error of a test metric's difference row - other due to the choice of images, over seeds.
 
     A metric in `redraws` is computed anew on redrawn groups of images; all others are means, so it
-    is the variance over images divided by their number.
+    is the variance over images divided by their number. None where the runs kept no values.
     """
     pairs = pairs_of(rows, row, other) if other else [(one, None) for one in rows[row].values()]
     if key in redraws:
@@ -64,7 +66,9 @@ def test_set_part(rows: dict, row: str, other: str | None, key: str, redraws: Re
         units = len(load_arrays(arrays_file(pairs[0][0]))["groups"])
     else:
         per_unit = lambda record: each_image(record, key)
-        units = len(per_unit(pairs[0][0]))
+        if (first := per_unit(pairs[0][0])) is None:
+            return None
+        units = len(first)
     values = np.mean([per_unit(a) - (per_unit(b) if b else 0) for a, b in pairs], 0)
     return Part(float(np.var(values)) / (1 if key in redraws else units), units - 1)
 
@@ -84,9 +88,9 @@ def estimate(rows: dict, row: str, other: str | None, split: str, key: str,
              redraws: Redraws) -> Estimate:
     """The difference row - other of a metric (or the row's own value), and its sources of error.
 
-    Two sources: the seeds, and, on a held-out split, the choice of its images. A row's own value
-    varies by its seed's effect too. Only seeds that both rows have are compared; all runs tell the
-    spread.
+    Two sources: the seeds, and, on a held-out split, the choice of its images, where the runs kept
+    what tells it. A row's own value varies by its seed's effect too. Only seeds that both rows have
+    are compared; all runs tell the spread.
     """
     values = [100 * value for value in paired(rows, row, other, split, key)]
     n = len(values)
@@ -97,6 +101,6 @@ def estimate(rows: dict, row: str, other: str | None, split: str, key: str,
     else:
         of_row = spreads(rows, split, key)
         spread = sum_of(of_row[row], of_row[other])
-    images = () if split == "train" else (
-        test_set_part(rows, row, other, key, redraws).times(100**2),)
+    part = None if split == "train" else test_set_part(rows, row, other, key, redraws)
+    images = () if part is None else (part.times(100**2),)
     return Estimate(values, (spread.times(1 / n), *images), (spread.times(1 + 1 / n), *images))

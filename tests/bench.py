@@ -105,7 +105,7 @@ def engine_loop(cfg: engine.Settings, dataset: batches.Dataset, steps: int = STE
         with tempfile.TemporaryDirectory() as out:
             run = engine.Run(dataclasses.replace(cfg, out=out), part, models.build)
             with contextlib.redirect_stdout(None):
-                engine.fit(run, models.cross_entropy, flip=hasattr(cfg, "arch"))
+                engine.fit(run, models.cross_entropy, flip=isinstance(cfg, train_seg.Config))
             seconds.append(run.seconds)
     return seconds[1] / steps
 

@@ -304,9 +304,10 @@ def main(argv: list[str] | None = None) -> None:
                 rounds[-1][name][batch] = measure_apart(cfg, name, batch)
                 print(f"round {i + 1}/{cfg.rounds}, batch {batch}: {name} "
                       f"{1000 * statistics.median(rounds[-1][name][batch]['seconds']):.1f} ms", flush=True)
-    config = engine.load_trained(Path(cfg.checkpoint), device, models.build)[1]["config"]
-    model = {"hourglass": "HourGlass({hourglasses},{width})", "unet": "U-Net({width})"}.get(
-        config.get("arch"), "VGG-ResNet({depth},{width},{down})").format(**config)
+    model, trained = engine.load_trained(Path(cfg.checkpoint), device, models.build)
+    settings = ", ".join(f"{name}={value}" for name, value in
+                         models.settings_of(trained["config"]).items())
+    model = f"{type(model).__name__}({settings})"
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     if any(name.startswith("OpenVINO") for name in names):
         versions["openvino"] = importlib.metadata.version("openvino")

@@ -279,7 +279,7 @@ FLAGS = {
     "train_cls --train-images 0": "--train-images 0: must be at least 1",
     "train_seg --dropout 1": "--dropout 1.0: must be in [0, 1)",
     "train_seg --loss focal": "argument --loss: invalid choice: 'focal'",
-    "train_seg --arch unet --no-inter-skip": "--inter-skip switches the hourglass; --arch unet takes --width alone",
+    "train_seg --arch unet --no-inter-skip": "--inter-skip switches another network; --arch unet takes width",
     "interpret --figure x.bmp": "--figure x.bmp: must end in .png, .pdf or .svg",
     "interpret measure --images 0": "--images and --sweep-images must be at least 1",
     "interpret measure --checkpoint x.pt": "measure needs --checkpoint",

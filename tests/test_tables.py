@@ -312,3 +312,12 @@ def test_a_difference_is_over_the_seeds_that_both_rows_have(tmp_path):
     rows = study.load_records(tmp_path / "small/table1", "small")
     ours = study.estimate(rows, "stride-1-32", "maxpool-2-32", "test", "accuracy")
     assert len(ours.values) == 3 and ours.mean == pytest.approx(2) and ours.half == pytest.approx(0, abs=1e-6)
+
+
+def test_a_metric_of_which_runs_keep_no_values_has_an_interval_over_seeds_alone(tmp_path):
+    """So that a metric is added by its value and its column."""
+    for row in ("standard", "ce"):
+        runs(tmp_path, "table2", row, [{"map": x, "miou": x} for x in wobble(0.7)[:3]])
+    rows = study.load_records(tmp_path / "small/table2", "small")
+    for metric, sources in (("map", 2), ("miou", 1)):
+        assert len(study.estimate(rows, "ce", "standard", "test", metric).error) == sources
