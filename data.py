@@ -32,6 +32,7 @@ from lab.batches import Dataset, Split, describe
 from lab.fetch import (Files, Limits, debian_package, download, fetch, from_archive, npm_package,
                        read_tar, unpack)
 from lab.files import BadInput, digest_of_digests, tree_digest
+from lab.folders import has_pairs, listing
 from lab.labels import Legend
 from lab.synthetic import synthetic_facade  # noqa: F401 -- tests draw by it
 
@@ -235,32 +236,19 @@ def load_composites(root: Path, split: str = "full", limit: int = 60000,
 
 # ---- facades ----
 
-def entries(folder: Path) -> dict[str, Path]:
-    """What lies in a folder, by names in lower case; nothing where it cannot be read."""
-    try:
-        return {path.name.lower(): path for path in sorted(folder.iterdir())}
-    except OSError:  # no folder, or one of another user's
-        return {}
-
-
-def has_pairs(folder: Path) -> bool:
-    inside = entries(folder)
-    return any(name.endswith(".jpg") and f"{name[:-4]}.png" in inside for name in inside)
-
-
 def refuse_misplaced_facades(root: Path) -> None:
     """BadInput if a root without mini_facade/ has the set in another place or form.
 
     Synthetic facades in its stead would be a result of other data than the user's.
     """
-    near = {name: path for name, path in entries(root).items() if not name.startswith(".")}
+    near = {name: path for name, path in listing(root).items() if not name.startswith(".")}
     packed = (".zip", ".tar", ".gz", ".tgz", ".xz")
     found = [path for name, path in near.items() if re.sub("[^a-z]", "", name)[:10] == "minifacade"
              and (path.is_dir() or path.suffix in packed)]
     found += [root] * has_pairs(root)
     found += [folder for folder in (root, *near.values())
-              if "test_dev" in entries(folder) or has_pairs(folder / "train")]
-    found += [folder for folder in near.values() if "mini_facade" in entries(folder)]
+              if "test_dev" in listing(folder) or has_pairs(folder / "train")]
+    found += [folder for folder in near.values() if "mini_facade" in listing(folder)]
     if found:
         raise BadInput(
             f"{found[0].resolve()} looks like the facade set, but the data root {root} has no "
@@ -347,18 +335,23 @@ def load_own(folder: str, task: str, size: int, split: str = "full",
     return folders.load(Path(folder), task, size, split, None if limit == 60000 else limit)
 
 
-def load_recorded(record: dict, root: Path, folder: str | None = None) -> Dataset:
+def load_recorded(record: dict, root: str | None, folder: str | None = None) -> Dataset:
     """The data set that a record's run was trained and tested on.
 
-    `folder` is where that of a user's own lies. BadInput where root or folder hold another.
+    root as in `find_root`; folder is where a set of the user's own lies. BadInput where they hold
+    another.
     """
     config, about = record["config"], record["about_data"]
+    root = find_root(root)
     if about.get("own"):
         if folder is None:
             raise BadInput(f"the checkpoint was trained on a folder of your own, {about['name']} "
                            f"{record['data'][:12]}; name it with --data")
         dataset = load_own(folder, about["task"], about["size"], config["split"],
                            config.get("train_images"))
+    elif folder is not None:
+        raise BadInput(f"--data {folder}: the checkpoint was trained on {about['name']}, which is "
+                       f"found by --data-root")
     elif about["task"] == "segmentation":
         dataset = load_facades(root, config["split"], config["size"])
     elif config.get("composites"):

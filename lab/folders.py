@@ -49,6 +49,20 @@ def entries(folder: Path) -> list[Path]:
                    and path.name.lower() not in LITTER), key=lambda path: (path.stem, path.name))
 
 
+def listing(folder: Path) -> dict[str, Path]:
+    """What lies in a folder, by names in lower case; nothing where it cannot be read."""
+    try:
+        return {path.name.lower(): path for path in sorted(folder.iterdir())}
+    except OSError:  # no folder, or one of another user's
+        return {}
+
+
+def has_pairs(folder: Path) -> bool:
+    """Whether an image NAME.jpg has a NAME.png beside it."""
+    inside = listing(folder)
+    return any(name.endswith(".jpg") and f"{name[:-4]}.png" in inside for name in inside)
+
+
 def images_in(folder: Path) -> list[Path]:
     """The files that are images by their names; what else lies there is passed over with a NOTE."""
     found = entries(folder)
