@@ -73,6 +73,7 @@ class Config:
     aot: bool = flag(True, "make the AOTInductor package, which needs a C++ compiler")
     int8: bool = flag(True, "make the 8-bit forms")
     device: str = flag("auto", "device of the AOTInductor package: auto, cpu, cuda, ...")
+    data: str | None = flag(None, "the folder of your own that the run was trained on")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, ./data)")
 
     def __post_init__(self) -> None:
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.aot:
         forms.check_compiler(device)
     model, record = engine.load_trained(Path(cfg.checkpoint), torch.device("cpu"), models.build)
-    dataset = data.load_recorded(record, data.find_root(cfg.data_root))
+    dataset = data.load_recorded(record, cfg.data_root, cfg.data)
     out = Path(cfg.out or Path(cfg.checkpoint).with_suffix(""))
     out.mkdir(parents=True, exist_ok=True)
     chosen = torch.linspace(0, len(dataset.train) - 1, min(cfg.calibration, len(dataset.train)))

@@ -42,6 +42,7 @@ RUN = "seed<k>.pt of a finished run"
 @dataclass(frozen=True, kw_only=True)
 class Common:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
+    data: str | None = flag(None, "the folder of your own that the run was trained on")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
 
 
@@ -222,6 +223,9 @@ def measure(cfg: Measure) -> None:
     config = trained["config"]
     if trained["about_data"]["task"] != "classification":
         raise BadInput(f"{cfg.checkpoint} is a segmentation network; measure takes classifiers")
+    if trained["about_data"].get("own"):
+        raise BadInput(f"{cfg.checkpoint} was trained on {trained['about_data']['name']}; measure "
+                       f"takes classifiers of Fashion-MNIST")
     path = Path(cfg.out, f"seed{config['seed']}.json")
     if path.exists():
         print(f"record {path} is there already")
@@ -281,10 +285,9 @@ def draw_attention(cfg: Attention) -> None:
         f"{ties['frozen']} and {ties['scratch']})"), Path(cfg.figure))
 
 
-def draw_predictions(model: nn.Module, record: dict, root: Path,
+def draw_predictions(model: nn.Module, record: dict, dataset: Dataset,
                      device: torch.device) -> figures.Figure:
     """Held-out images of the set that a run was trained on, and what it says of them."""
-    dataset = data.load_recorded(record, root)
     on_device, scores = dataset.to(device), record["metrics"][dataset.held_out]
     logits = engine.predict(model, on_device, on_device.test, record["config"]["batch"],
                             getattr(torch, record["environment"]["precision"]))
@@ -336,8 +339,8 @@ def show_predictions(cfg: Predictions) -> None:
         draw = lambda page: figures.marked(draw_images(model, record, page, device), [record])
         figures.save_pages(draw, cfg.image, Path(cfg.figure))
     else:
-        figures.save(draw_predictions(model, record, data.find_root(cfg.data_root), device),
-                     Path(cfg.figure))
+        dataset = data.load_recorded(record, cfg.data_root, cfg.data)
+        figures.save(draw_predictions(model, record, dataset, device), Path(cfg.figure))
 
 
 def traced(model: models.HourGlass, shape: tuple[int, int, int]) -> list[dict]:

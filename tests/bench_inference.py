@@ -66,6 +66,7 @@ class Config:
     seconds: float = flag(3.0, "time of one measurement, at least 5 passes")
     threads: int = flag(torch.get_num_threads(), "threads of every form")
     device: str = flag("auto", "auto, cpu, cuda, ...")
+    data: str | None = flag(None, "the folder of your own that the run was trained on")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
     record: str = flag("results/bench/inference.json", "file of the results; a .png of the same name beside it")
     only: str | None = flag(None, "time this form alone, in this process, and print the times as JSON")
@@ -205,7 +206,7 @@ def quality(cfg: Config, names: list[str], device: torch.device) -> dict[str, di
     """Each row's comparison with the model: from the export's report, or measured here where that has no such form."""
     known = parity_of(cfg)["forms"]
     model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
-    dataset = data.load_recorded(record, data.find_root(cfg.data_root)).to(device)
+    dataset = data.load_recorded(record, cfg.data_root, cfg.data).to(device)
     split, batch = dataset.test, record["config"]["batch"]
     exact = engine.predict(model, dataset, split, batch, torch.float32)
     found = {}
