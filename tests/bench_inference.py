@@ -33,6 +33,7 @@ import export
 import models
 from lab import cli, devices, engine, figures, files, forms, provenance
 from lab.cli import flag
+from lab.deployed import Deployed
 from lab.files import BadInput
 
 BASE = "eager"
@@ -100,7 +101,7 @@ def open_backend(cfg: Config, name: str, device: torch.device) -> Callable[[Tens
         return lambda images: torch.from_numpy(request.infer({0: images.contiguous().numpy()})[0])
     model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     about = record["about_data"]
-    deployed = models.Deployed(model, about["mean"], about["std"]).to(device)
+    deployed = Deployed(model, about["mean"], about["std"]).to(device)
     if name == BASE:
         model.to(memory_format=torch.contiguous_format)
         return lambda images: model(deployed.normalise(images).contiguous())

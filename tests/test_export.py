@@ -19,6 +19,7 @@ import torch
 import data
 import models
 from lab import cli, engine, forms
+from lab.deployed import Deployed, WithMaps
 from lab.forms import FORMS
 
 FILES = {name: form.file for name, form in FORMS.items()}
@@ -58,7 +59,7 @@ def test_a_classifier_says_where_it_looks(cls, name):
     """Maps of any batch and size, which sum to the logits; in 8 bits to rounding, and near to it."""
     model, record = engine.load_trained(cls / "seed0.pt", torch.device("cpu"), models.build)
     about = record["about_data"]
-    eager = models.WithMaps(models.Deployed(model, about["mean"], about["std"]))
+    eager = WithMaps(Deployed(model, about["mean"], about["std"]))
     session = onnxruntime.InferenceSession(cls / "seed0" / name)
     logits, maps = session.get_outputs()
     assert (logits.name, logits.shape) == ("logits", ["batch", 10])
@@ -95,7 +96,7 @@ def test_maps_that_differ_are_no_parity(cls, tmp_path, monkeypatch, capsys):
 def test_any_batch_size_and_layout(seg, name):
     """The export saw two square images; batch 1, other sizes and channels_last must give the same as eager."""
     model, record = engine.load_trained(seg / "seed0.pt", torch.device("cpu"), models.build)
-    eager = models.Deployed(model, record["about_data"]["mean"], record["about_data"]["std"])
+    eager = Deployed(model, record["about_data"]["mean"], record["about_data"]["std"])
     form = forms.open_form(seg / "seed0" / name)
     with torch.inference_mode():
         drawn = torch.from_numpy(np.stack([data.synthetic_facade(i, 96)[0] for i in range(3)])).permute(0, 3, 1, 2)
