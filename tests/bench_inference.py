@@ -31,7 +31,7 @@ from torch import Tensor
 import data
 import export
 import models
-from lab import cli, devices, engine, figures, files, forms, provenance
+from lab import cli, devices, engine, figures, files, forms, provenance, records
 from lab.cli import flag
 from lab.deployed import Deployed
 from lab.files import BadInput
@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
               "results": summarise(rounds, names, found)}
     path = Path(cfg.record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, (json.dumps(files.jsonable(record), indent=1) + "\n").encode())
+    records.write(path, record)
     draw(record, path.with_suffix(".png"))
     files.write_atomic(path.with_suffix(".md"), render(record).encode())
     print(render(record))
