@@ -3,7 +3,7 @@
     python data.py                       fetch what is missing, print what is there
     python data.py --facades-url URL     the facade set from another address, as a tar archive
 
-The data root is --data-root, else $DATA_ROOT, else ./data:
+The data root is --data-root, else $DATA_ROOT, else ./data (a set of your own: lab/folders.py):
 
     FashionMNIST/raw/*-ubyte             60,000 + 10,000 images, 28x28, 10 classes
     MNIST/raw/*-ubyte                    the same layout, digits
@@ -26,21 +26,25 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import datasets
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 
-from lab.batches import Dataset, Split
+from lab import folders, idx, synthetic
+from lab.batches import Dataset, Split, describe
 from lab.fetch import (Files, Limits, debian_package, download, fetch, from_archive, npm_package,
                        read_tar, unpack)
-from lab.files import BadInput, colours, read_image, tree_digest
+from lab.files import BadInput, digest_of_digests, tree_digest
+from lab.folders import has_pairs, listing
+from lab.labels import Legend
+from lab.synthetic import synthetic_facade  # noqa: F401 -- tests draw by it
 
-FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
+FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
+                   "Bag", "Boot")
 FACADE_CLASSES = ("others", "facade", "pillar", "window", "balcony")
 # Okabe and Ito's colours, which every kind of colour vision tells apart
 FACADE_PALETTE = ((60, 60, 60), (240, 228, 66), (213, 94, 0), (86, 180, 233), (0, 158, 115))
 
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-# what `tree_digest` gives for the pinned sets: of the uncompressed files, whatever they were packed in
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+             "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+# what `tree_digest` gives for the pinned sets: of the uncompressed files, whatever packed them
 IDX_DIGESTS = {"FashionMNIST": "d0a13531871adf77cb1d75902c9d2a2fdf613723748f5e8c24e0169faf064dc8",
                "MNIST": "474311efcf1fd213e64768801dc6195673bffb8385179d6c55cd8748b9e2e8ca"}
 FACADE_DIGEST = "564badef964a560f60dcb510517bdb3ac686cff15183787c2d942a35148b4850"
@@ -51,6 +55,7 @@ FACADE_DIGEST = "564badef964a560f60dcb510517bdb3ac686cff15183787c2d942a35148b485
 FACADE_URL = ("https://github.com/XAVILLA/Facade-Segmentation-CNN/archive/"
               "f83966d9d5c50c773e088a84f9b70467f9cf7d18.tar.gz")
 FACADE_LICENCE = "CC BY-SA 4.0, cut from the CMP Facade Database"
+LEGEND = Legend(FACADE_CLASSES, FACADE_PALETTE, {})
 # its files there, below REPOSITORY-COMMIT/starter_set/, or in an archive of mini_facade/
 FACADE_FILE = re.compile(r"(?:[^/]+/starter_set|(?:[.]/)?mini_facade)"
                          r"/((?:train|test_dev)/[^/.][^/]*[.](?:jpg|png))")
@@ -61,18 +66,20 @@ FACADE_FILE = re.compile(r"(?:[^/]+/starter_set|(?:[.]/)?mini_facade)"
 FACADE_TRAIN_PHOTOS = 302
 FACADE_DEV_PHOTOS = 60  # the last ones, 242-301, validate in --split dev
 FACADE_TEST_PHOTOS = [int(photo) for photo in """
-49 234 141 324 1 171 167 69 223 172 299 187 310 3 212 7 97 363 233 207 260 5 123 96 122 142 231 262 337 257 66 201 339
-323 206 303 350 317 268 57 49 75 234 239 141 368 50 69 223 172 221 299 94 310 344 363 297 341 325 92 207 5 296 96 258 9
-84 19 257 253 201 206 197 303 317 268 186 76 372 235 57 49 239 31 324 1 171 50 69 223 172 221 299 187 94 310 212 7 363
-297 92 183 5 19 142 154 262 337 66 228 201 34 339 197""".split()]
+49 234 141 324 1 171 167 69 223 172 299 187 310 3 212 7 97 363 233 207 260 5 123 96 122 142 231 262
+337 257 66 201 339 323 206 303 350 317 268 57 49 75 234 239 141 368 50 69 223 172 221 299 94 310
+344 363 297 341 325 92 207 5 296 96 258 9 84 19 257 253 201 206 197 303 317 268 186 76 372 235 57
+49 239 31 324 1 171 50 69 223 172 221 299 187 94 310 212 7 363 297 92 183 5 19 142 154 262 337 66
+228 201 34 339 197""".split()]
 
 
 def find_root(flag: str | None) -> Path:
-    """The data root: the flag, else $DATA_ROOT, else ./data. BadInput if a named one does not exist."""
+    """The data root: the flag, else $DATA_ROOT, else ./data. BadInput for one that is not there."""
     for source, value in (("--data-root", flag), ("DATA_ROOT", os.environ.get("DATA_ROOT"))):
         if value:
             if not Path(value).is_dir():
-                raise BadInput(f"data root {value} (from {source}) is not a folder; see python data.py --help")
+                raise BadInput(f"data root {value} (from {source}) is not a folder; see python "
+                               f"data.py --help")
             return Path(value)
     return Path("data")
 
@@ -80,21 +87,20 @@ def find_root(flag: str | None) -> Path:
 # ---- Fashion-MNIST and MNIST ----
 
 def read_idx(raw: Path, name: str) -> list[Tensor]:
-    """The arrays of a set's four files, uint8. FileNotFoundError, or BadInput where they lack the pinned digest."""
+    """The arrays of a set's four files, uint8.
+
+    FileNotFoundError, or BadInput where they have not the pinned digest.
+    """
     for file in IDX_FILES:
         if not (raw / file).is_file():
             raise FileNotFoundError(errno.ENOENT, "is missing", str(raw / file))
     contents = [(raw / file).read_bytes() for file in IDX_FILES]
     if tree_digest(list(zip(IDX_FILES, contents))) != IDX_DIGESTS[name]:
         raise BadInput(f"{raw} is damaged: its files are not those of {name} (sha256)")
-    arrays = []
-    for content in contents:  # from these bytes: torchvision prefers a processed/ folder, of which no one has a digest
-        if content[:3] != b"\0\0\x08":
-            raise BadInput(f"{raw} is damaged: it holds an IDX file of another type than bytes")
-        shape = np.frombuffer(content, ">u4", content[3], 4)
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-        arrays.append(torch.from_numpy(values.copy()))
-    return arrays
+    try:  # from these bytes: torchvision prefers a processed/ folder, of which no one has a digest
+        return [idx.parse(content) for content in contents]
+    except ValueError as error:
+        raise BadInput(f"{raw} is damaged: {error}") from error
 
 
 def from_mirror(mirror: str, folder: Path) -> Files:
@@ -128,7 +134,7 @@ def fetch_idx(root: Path, name: str) -> None:
 
 
 def load_idx(root: Path, name: str) -> tuple[Split, Split]:
-    """The training and the test split of "FashionMNIST" or "MNIST", fetched if they are not there."""
+    """The training and the test split of "FashionMNIST" or "MNIST", fetched if not there."""
     raw = root / name / "raw"
     try:
         arrays = read_idx(raw, name)
@@ -151,8 +157,9 @@ def load_fashion(root: Path, split: str = "full", limit: int = 60000) -> Dataset
     if split == "dev":
         train, test = train.map(lambda t: t[:50000]), train.map(lambda t: t[50000:])
     train = train.map(lambda t: t[:limit])
-    return Dataset("Fashion-MNIST", FASHION_CLASSES, (0.2860,), (0.3530,), IDX_DIGESTS["FashionMNIST"], False,
-                   train, test, "val" if split == "dev" else "test")
+    return Dataset("Fashion-MNIST", FASHION_CLASSES, (0.2860,), (0.3530,),
+                   IDX_DIGESTS["FashionMNIST"], False, train, test,
+                   "val" if split == "dev" else "test")
 
 
 # ---- composites: one Fashion-MNIST image among three digits ----
@@ -162,9 +169,10 @@ TIED_CLASS, TIED_DIGIT = FASHION_CLASSES.index("Trouser"), 3
 
 @dataclass(frozen=True)
 class Composites:
-    """A split of 2x2 grids, labelled by garment; cells int64 (N,) and digits uint8 (N, 3) say what lies where.
+    """A split of 2x2 grids, labelled by garment, and what lies where in them.
 
-    Cells are numbered by rows: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+    cells int64 (N,), the garment's, and digits uint8 (N, 3). Cells are numbered by rows: 0 top
+    left, 1 top right, 2 bottom left, 3 bottom right.
     """
     split: Split
     cells: Tensor
@@ -173,12 +181,13 @@ class Composites:
 
 def composites(fashion: Split, digits: Split, seed: int, tie: float = 0.0, cell: int | None = None,
                shift: tuple[int, int] = (0, 0)) -> Composites:
-    """2x2 grids, uint8 (N, 1, 2H, 2W), made on the splits' device: image i of `fashion` and three digits in each.
+    """2x2 grids, uint8 (N, 1, 2H, 2W), made on the splits' device.
 
-    Grid i depends on (seed, i) alone. The Fashion image lies in a random cell, or in `cell`, with the
-    same digits. `tie` is the strength of the spurious tie: with this probability a grid follows the
-    rule that Trousers, and they alone, come with a digit 3; else its digits are independent of the
-    class. `shift` rolls the grid by (down, right) pixels, around its borders.
+    Grid i has image i of `fashion` and three digits; it depends on (seed, i) alone. The Fashion
+    image lies in a random cell, or in `cell`, with the same digits. `tie` is the strength of the
+    spurious tie: with this probability a grid follows the rule that Trousers, and they alone, come
+    with a digit 3; else its digits are independent of the class. `shift` rolls the grid by (down,
+    right) pixels, around its borders.
     """
     n, device = len(fashion), fashion.images.device
     # row i of the table is the same for every n
@@ -187,11 +196,13 @@ def composites(fashion: Split, digits: Split, seed: int, tie: float = 0.0, cell:
     threes, others = three.nonzero().flatten(), (~three).nonzero().flatten()
     pick = lambda pool, u: pool[(u * len(pool)).long()]
     independent = (u[:, 1:4] * len(digits)).long()
-    spurious = (fashion.targets == TIED_CLASS)[:, None] & (torch.arange(3, device=device) == (u[:, 4:5] * 3).long())
+    tied_place = torch.arange(3, device=device) == (u[:, 4:5] * 3).long()
+    spurious = (fashion.targets == TIED_CLASS)[:, None] & tied_place
     tied = torch.where(spurious, pick(threes, u[:, 5:6]), pick(others, u[:, 1:4]))
     picks = torch.where(u[:, 6:7] < tie, tied, independent)
     cells = (u[:, 0] * 4).long() if cell is None else torch.full((n,), cell, device=device)
-    tiles = torch.cat([fashion.images[:, None], digits.images[picks]], 1)  # the Fashion image is tile 0
+    # the Fashion image is tile 0
+    tiles = torch.cat([fashion.images[:, None], digits.images[picks]], 1)
     order = (torch.arange(4, device=device) - cells[:, None]) % 4  # which tile goes into each cell
     tiles = tiles[torch.arange(n, device=device)[:, None], order]
     _, _, channels, height, width = tiles.shape
@@ -203,91 +214,41 @@ def composites(fashion: Split, digits: Split, seed: int, tie: float = 0.0, cell:
 def load_digits(root: Path, split: str = "full") -> tuple[Split, Split]:
     """MNIST's two splits, held out as in `load_fashion`."""
     train, test = load_idx(root, "MNIST")
-    return (train, test) if split == "full" else (train.map(lambda t: t[:50000]), train.map(lambda t: t[50000:]))
+    dev = train.map(lambda t: t[:50000]), train.map(lambda t: t[50000:])
+    return dev if split == "dev" else (train, test)
 
 
-def load_composites(root: Path, split: str = "full", limit: int = 60000, tie: float = 0.0) -> Dataset:
-    """Composites of Fashion-MNIST and MNIST: `limit` training grids, tied by `tie`, and untied held-out ones.
+def load_composites(root: Path, split: str = "full", limit: int = 60000,
+                    tie: float = 0.0) -> Dataset:
+    """Composites of Fashion-MNIST and MNIST: `limit` training grids, tied by `tie`.
 
-    A quarter as many grids are held out, at most all 10,000. Both splits keep Fashion-MNIST's mean
-    and standard deviation: frozen features must see the values that they were trained on.
+    A quarter as many are held out, untied, at most all 10,000. Both splits keep Fashion-MNIST's
+    mean and standard deviation: frozen features must see the values that they were trained on.
     """
     fashion, digits = load_fashion(root, split, limit), load_digits(root, split)
     held_out = fashion.test.map(lambda t: t[:max(1, limit // 4)])
-    digest = hashlib.sha256(f"{fashion.digest} {IDX_DIGESTS['MNIST']} tie {tie}".encode()).hexdigest()
-    return replace(fashion, name="Fashion+MNIST grids", digest=digest,
+    made_of = f"{fashion.digest} {IDX_DIGESTS['MNIST']} tie {tie}"
+    return replace(fashion, name="Fashion+MNIST grids",
+                   digest=hashlib.sha256(made_of.encode()).hexdigest(),
                    train=composites(fashion.train, digits[0], 0, tie).split,
                    test=composites(held_out, digits[1], 1).split)
 
 
 # ---- facades ----
 
-def read_pair(image_path: Path, content: bytes, mask_path: Path, mask_content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """One checked pair: image uint8 (H, W, 3), mask uint8 (H, W) of values in [0, 5)."""
-    image, mask = read_image(image_path, content), read_image(mask_path, mask_content)
-    if mask.format != "PNG" or mask.mode not in ("P", "L"):
-        raise BadInput(f"{mask_path} is a {mask.format} of mode {mask.mode}; a mask must be a palette or grey PNG "
-                       f"whose pixel value is the class (JPEG and RGB change the values)")
-    if image.size != mask.size:
-        raise BadInput(f"{image_path} is {image.size[0]}x{image.size[1]} but its mask {mask_path.name} is "
-                       f"{mask.size[0]}x{mask.size[1]}; they must be equal")
-    mask = np.asarray(mask)
-    if mask.max() >= len(FACADE_CLASSES):
-        meaning = ", ".join(f"{i} {name}" for i, name in enumerate(FACADE_CLASSES))
-        raise BadInput(f"{mask_path} has the value {mask.max()} in {int((mask == mask.max()).sum())} pixels; "
-                       f"the classes are {meaning}")
-    return colours(image, 3), mask
-
-
-def read_folder(folder: Path) -> tuple[Tensor, Tensor, list[tuple[str, bytes]]]:
-    """All pairs of a folder: images uint8 (N, 3, H, W), masks uint8 (N, H, W), and the files for the digest."""
-    layout = f"{folder} must hold NAME.jpg photos, each with a NAME.png mask"
-    stems = {suffix: {path.stem for path in folder.glob(f"*{suffix}")} for suffix in (".jpg", ".png")}
-    if not stems[".jpg"]:
-        raise BadInput(f"{folder} has no .jpg image: {layout}")
-    for stem in sorted(stems[".jpg"] ^ stems[".png"]):
-        has, lacks = (".jpg", ".png") if stem in stems[".jpg"] else (".png", ".jpg")
-        raise BadInput(f"{folder / stem}{has} has no {stem}{lacks} beside it: {layout}")
-    images, masks, files = [], [], []
-    for stem in sorted(stems[".jpg"]):
-        paths = folder / f"{stem}.jpg", folder / f"{stem}.png"
-        contents = [path.read_bytes() for path in paths]
-        image, mask = read_pair(paths[0], contents[0], paths[1], contents[1])
-        if images and image.shape != images[0].shape:
-            raise BadInput(f"{paths[0]} is {image.shape[1]}x{image.shape[0]} but the images before it are "
-                           f"{images[0].shape[1]}x{images[0].shape[0]}; all must be of one size")
-        images.append(image)
-        masks.append(mask)
-        files += [(f"{folder.name}/{path.name}", content) for path, content in zip(paths, contents)]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(masks)), files
-
-
-def entries(folder: Path) -> dict[str, Path]:
-    """What lies in a folder, by names in lower case; nothing where it cannot be read."""
-    try:
-        return {path.name.lower(): path for path in sorted(folder.iterdir())}
-    except OSError:  # no folder, or one of another user's
-        return {}
-
-
-def has_pairs(folder: Path) -> bool:
-    inside = entries(folder)
-    return any(name.endswith(".jpg") and f"{name[:-4]}.png" in inside for name in inside)
-
-
 def refuse_misplaced_facades(root: Path) -> None:
     """BadInput if a root without mini_facade/ has the set in another place or form.
 
     Synthetic facades in its stead would be a result of other data than the user's.
     """
-    near = {name: path for name, path in entries(root).items() if not name.startswith(".")}
+    near = {name: path for name, path in listing(root).items() if not name.startswith(".")}
     packed = (".zip", ".tar", ".gz", ".tgz", ".xz")
     found = [path for name, path in near.items() if re.sub("[^a-z]", "", name)[:10] == "minifacade"
              and (path.is_dir() or path.suffix in packed)]
     found += [root] * has_pairs(root)
     found += [folder for folder in (root, *near.values())
-              if "test_dev" in entries(folder) or has_pairs(folder / "train")]
-    found += [folder for folder in near.values() if "mini_facade" in entries(folder)]
+              if "test_dev" in listing(folder) or has_pairs(folder / "train")]
+    found += [folder for folder in near.values() if "mini_facade" in listing(folder)]
     if found:
         raise BadInput(
             f"{found[0].resolve()} looks like the facade set, but the data root {root} has no "
@@ -303,24 +264,21 @@ def load_facades(root: Path, split: str = "full", size: int = 256) -> Dataset:
     a notice. BadInput names the first bad file, or the set where it lies in another place.
     """
     folder = root / "mini_facade"
-    synthetic = not os.path.lexists(folder)  # a link that leads nowhere is a mistake, not a choice
-    if synthetic:
+    drawn = not os.path.lexists(folder)  # a link that leads nowhere is a mistake, not a choice
+    if drawn:
         refuse_misplaced_facades(root)
-        print(f"NOTE: {folder} not found: using SYNTHETIC facades, drawn by data.py; python "
-              f"data.py fetches the real ones, where there is a network", file=sys.stderr)
-        pairs = synthetic_splits()
-        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for pair in pairs for t in pair)).hexdigest()
+        print(f"NOTE: {folder} not found: using SYNTHETIC facades; python data.py fetches the "
+              f"real ones, where there is a network", file=sys.stderr)
+        pairs, digest = synthetic.drawn_splits((302, 67), size)
     else:
-        read = [read_folder(folder / part) for part in ("train", "test_dev")]
-        pairs = [(images, masks) for images, masks, _ in read]
-        digest = tree_digest(read[0][2] + read[1][2])
+        digests: dict[str, str] = {}
+        pairs = [folders.read(folders.masked(folder, part), size, 3, LEGEND, folder, digests)
+                 for part in ("train", "test_dev")]
+        digest = digest_of_digests(digests.items())
     # the known photos are those of the pinned set; in any other, each image counts as its own
     photos = [torch.arange(len(images)) for images, _ in pairs]
     if digest == FACADE_DIGEST:
         photos = [photos[0] % FACADE_TRAIN_PHOTOS, torch.tensor(FACADE_TEST_PHOTOS)]
-    if pairs[0][0].shape[-2:] != (size, size):
-        pairs = [(TF.resize(images, [size, size], antialias=True),
-                  TF.resize(masks, [size, size], InterpolationMode.NEAREST_EXACT)) for images, masks in pairs]
     train, test = (Split(images, masks, photo) for (images, masks), photo in zip(pairs, photos))
     if split == "dev":
         count = len(train.photos.unique())
@@ -330,8 +288,8 @@ def load_facades(root: Path, split: str = "full", size: int = 256) -> Dataset:
                 f"{folder / 'train'} has {count}: add photos, or take --split full")
         held = train.photos > train.photos.max() - FACADE_DEV_PHOTOS
         train, test = train.map(lambda t: t[~held]), train.map(lambda t: t[held])
-    return Dataset("SYNTHETIC facades" if synthetic else "mini facade", FACADE_CLASSES,
-                   (0.4957, 0.4664, 0.4245), (0.2221, 0.2129, 0.2113), digest, synthetic, train,
+    return Dataset("SYNTHETIC facades" if drawn else "mini facade", FACADE_CLASSES,
+                   (0.4957, 0.4664, 0.4245), (0.2221, 0.2129, 0.2113), digest, drawn, train,
                    test, "val" if split == "dev" else "test", FACADE_PALETTE)
 
 
@@ -369,120 +327,50 @@ def obtain_facades(root: Path, url: str | None = None) -> None:
         print(f"NOTE: {error}", file=sys.stderr)
 
 
-# ---- synthetic facades ----
-
-OTHERS, WALL, PILLAR, WINDOW, BALCONY = range(5)  # in the order of FACADE_CLASSES
-
-
-def synthetic_facade(index: int, size: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Draw synthetic (not photographed) facade `index`; equal arguments give equal bytes.
-
-    Returns an RGB image, uint8 (size, size, 3), and its exact class mask, uint8 (size, size):
-    0 others, 1 facade, 2 pillar, 3 window, 4 balcony.
-    """
-    pick = np.random.default_rng(index).integers
-    # Grain has a stream of its own, so that an index has one layout at every size.
-    grain = np.random.default_rng([index, size]).integers(-6, 7, (size, size))
-    image, mask = np.zeros((size, size, 3), np.int16), np.zeros((size, size), np.uint8)
-    # Lengths are integer thousandths of the side: no platform rounds them differently.
-    down, across = (axis * 1000 // size for axis in np.ogrid[:size, :size])
-
-    def tint(low, high, cast=12):
-        return pick(low, high) + pick(-cast, cast + 1, 3)
-
-    def paint(colour, label, *edges):  # None keeps the pixels; returns the view, its own axes
-        x0, y0, x1, y1 = (min(max(int(edge), 0), 1000) * size // 1000 for edge in edges)
-        where = slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1))
-        image[where], mask[where] = image[where] if colour is None else colour, label
-        return image[where], down[: max(y1 - y0, 1)], across[:, : max(x1 - x0, 1)]
-
-    # A palette per image: a class may be darker or lighter than the wall, none owns a colour.
-    wall = tint(85, 205) + pick(0, 35) * np.array((1, 0, -1))
-    trim, stone, slab, side = (wall + tint(-45, 50) for _ in range(4))
-    glass, frame, blind, iron = tint(25, 150, 20), tint(40, 235), tint(80, 220, 30), tint(20, 110)
-    top, base = pick(40, 265) * (pick(0, 9) < 5), 1000 - pick(60, 255) * (pick(0, 9) < 5)
-    left, right = pick(30, 180) * (pick(0, 9) < 3), 1000 - pick(30, 180) * (pick(0, 9) < 3)
-    floors, columns, panes, rim = pick(2, 7), pick(2, 7), pick(1, 4), pick(3, 14)
-    wide, high = (right - left) // columns, (base - top) // floors
-    w, h, sill = wide * pick(34, 56) // 100, high * pick(48, 66) // 100, high // 10
-    xs = [left + wide * i + (wide - w) // 2 for i in range(columns)]
-    ys = [top + high * i + (high - h) // 2 for i in range(floors)]
-    image[:] = tint(150, 225, 18) + down[..., None] // 25  # sky, paler towards the ground
-    paint(side, OTHERS, 0, top + 40, 1000, base)  # the neighbours' blind walls
-    front, y_in, _ = paint(wall, WALL, left, top, right, base)
-    front[y_in[:, 0] % pick(20, 60) < 5] -= pick(0, 25)  # joints of brick or ashlar
-    for x, y in ((x, y) for y in ys for x in xs):
-        paint(trim, OTHERS, x - rim, y - rim, x + w + rim, y + h)
-        paint(trim, OTHERS, x - w // 6, y + h, x + w + w // 6, y + h + sill)
-        paint(frame, WINDOW, x, y, x + w, y + h)
-        shade, inner = pick(-20, 25), (x + 6, y + 6, x + w - 6, y + h - 6)
-        pane, y_in, x_in = paint(glass + shade, WINDOW, *inner)
-        pane[(x_in + y_in) % h < h // 3] += 28  # a slanting reflection
-        pane[y_in[:, 0] * 10 < h * pick(-24, 9)] = blind + shade  # most blinds are up
-        pane[(x_in * panes * 8 // w % 8 == 7) | (y_in * 12 // h == 3)] = frame
-    if pick(0, 100) < 54:  # pilasters with a shaded side and a capital
-        half = (wide - w) * pick(2, 7) // 100 + 3
-        for x in range(left + half, right, (right - left - 2 * half) // columns * pick(1, 3)):
-            shaft, _, x_in = paint(stone, PILLAR, x - half, top, x + half, base)
-            shaft[:, x_in[0] > half] -= 30
-            paint(stone, PILLAR, x - half - 6, top, x + half + 6, top + 80)
-    if pick(0, 100) < 46:  # balconies: solid parapets, or bars with the front behind them
-        body, deep, out = (None, slab)[pick(0, 4) // 3], h * pick(30, 50) // 100, pick(8, 50)
-        for x, y in ((x, y) for y in ys[pick(0, 2) :: pick(1, 3)] for x in xs[:: pick(1, 3)]):
-            rail, y_in, x_in = paint(body, BALCONY, x - out, y + h - deep, x + w + out, y + h)
-            rail[(x_in % 16 < 4) | (y_in < 8)] = iron
-            paint(slab, BALCONY, x - out, y + h, x + w + out, y + h + sill)
-    paint(trim, OTHERS, left - 15, top, right + 15, top + pick(10, 60))  # cornice
-    if base < 1000:  # shop fronts down to the ground
-        shop, y_in, x_in = paint(tint(50, 170, 25), OTHERS, 0, base, 1000, 1000)
-        shop[(y_in > 15) & (x_in % 160 > 40)] = glass
-    for x, y in (pick(0, 1000), pick(650, 1000)) + pick(-80, 81, (20 * (pick(0, 4) == 0), 2)):
-        tuft = (across - x) ** 2 + (down - y) ** 2 < pick(25, 75) ** 2  # a tree in one of four
-        image[tuft], mask[tuft] = tint(55, 75, 8) + (0, 25, -15) + 4 * grain[tuft][:, None], OTHERS
-    light = (across * pick(-40, 41) + down * pick(-40, 41)) // 1000 + grain * (1 + (mask == WALL))
-    return np.clip(image + light[..., None], 0, 255).astype(np.uint8), mask
-
-
-def synthetic_splits() -> list[tuple[Tensor, Tensor]]:
-    """Stand-in for the facade set: 302 training and 67 test images, each a photo of its own."""
-    drawn = [synthetic_facade(i) for i in range(369)]
-    images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
-    masks = torch.from_numpy(np.stack([mask for _, mask in drawn]))
-    return [(images[part], masks[part]) for part in (slice(0, 302), slice(302, None))]
-
-
 # ---- the set of a record, and the command ----
 
-def load_recorded(record: dict, root: Path) -> Dataset:
-    """The data set that a record's run was trained and tested on. BadInput if the root holds another."""
-    config = record["config"]
-    if record["about_data"]["task"] == "segmentation":
+def load_own(folder: str, task: str, size: int, split: str = "full",
+             limit: int | None = None) -> Dataset:
+    """A folder of the user's own, see lab/folders.py. A `limit` of 60,000 is the default: none."""
+    return folders.load(Path(folder), task, size, split, None if limit == 60000 else limit)
+
+
+def load_recorded(record: dict, root: str | None, folder: str | None = None) -> Dataset:
+    """The data set that a record's run was trained and tested on.
+
+    root as in `find_root`; folder is where a set of the user's own lies. BadInput where they hold
+    another.
+    """
+    config, about = record["config"], record["about_data"]
+    root = find_root(root)
+    if about.get("own"):
+        if folder is None:
+            raise BadInput(f"the checkpoint was trained on a folder of your own, {about['name']} "
+                           f"{record['data'][:12]}; name it with --data")
+        dataset = load_own(folder, about["task"], about["size"], config["split"],
+                           config.get("train_images"))
+    elif folder is not None:
+        raise BadInput(f"--data {folder}: the checkpoint was trained on {about['name']}, which is "
+                       f"found by --data-root")
+    elif about["task"] == "segmentation":
         dataset = load_facades(root, config["split"], config["size"])
     elif config.get("composites"):
         dataset = load_composites(root, config["split"], config["train_images"], config["tie"])
     else:
         dataset = load_fashion(root, config["split"], config["train_images"])
     if dataset.digest != record["data"]:
-        raise BadInput(f"data root {root} holds {dataset.name} {dataset.digest[:12]}, the checkpoint was trained on "
-                       f"{record['about_data']['name']} {record['data'][:12]}; name the root with --data-root")
+        where = f"--data {folder}" if about.get("own") else f"data root {root}"
+        flag = "--data" if about.get("own") else "--data-root"
+        raise BadInput(f"{where} holds {dataset.name} {dataset.digest[:12]}, the checkpoint was "
+                       f"trained on {about['name']} {record['data'][:12]}; name that with {flag}")
     return dataset
 
 
-def describe(data: Dataset) -> str:
-    """What a set holds: counts, class shares and digest, one line each."""
-    kind = "drawn by data.py" if data.synthetic else "real"
-    lines = [f"{data.name} ({kind})", f"  sha256 {data.digest}"]
-    for name, split in (("train", data.train), (data.held_out, data.test)):
-        counts = split.class_counts(len(data.classes)).double()
-        shares = "  ".join(f"{label} {100 * share:.1f}%" for label, share in zip(data.classes, counts / counts.sum()))
-        size = "x".join(str(n) for n in split.images.shape[1:])
-        lines.append(f"  {name:<5} {len(split):>6} images {size}, {len(split.photos.unique())} photos: {shares}")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", help="folder of the data sets (default: $DATA_ROOT, else ./data)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root",
+                        help="folder of the data sets (default: $DATA_ROOT, else ./data)")
     parser.add_argument("--facades-url", metavar="URL", help="where to fetch the facade set "
                         "if it is missing: a tar archive of mini_facade/, or of the repository "
                         "that has it (default: its public address)")
@@ -491,8 +379,8 @@ def main() -> None:
     obtain_facades(root, args.facades_url)
     train, test = load_idx(root, "MNIST")
     fashion = load_fashion(root)
-    digits = replace(fashion, name="MNIST", classes=tuple("0123456789"), digest=IDX_DIGESTS["MNIST"],
-                     train=train, test=test)
+    digits = replace(fashion, name="MNIST", classes=tuple("0123456789"),
+                     digest=IDX_DIGESTS["MNIST"], train=train, test=test)
     for data in (fashion, digits, load_facades(root)):
         print(describe(data))
 

@@ -73,6 +73,20 @@ class Dataset:
         return normalise(images, self.mean, self.std)
 
 
+def describe(data: Dataset) -> str:
+    """What a set holds: counts, class shares and digest, one line each."""
+    kind = "drawn" if data.synthetic else "real"
+    lines = [f"{data.name} ({kind})", f"  sha256 {data.digest}"]
+    for name, split in (("train", data.train), (data.held_out, data.test)):
+        counts = split.class_counts(len(data.classes)).double()
+        shares = "  ".join(f"{label} {100 * share:.1f}%"
+                           for label, share in zip(data.classes, counts / counts.sum()))
+        size = "x".join(str(n) for n in split.images.shape[1:])
+        photos = len(split.photos.unique())
+        lines.append(f"  {name:<5} {len(split):>6} images {size}, {photos} photos: {shares}")
+    return "\n".join(lines)
+
+
 def needed_memory(data: Dataset) -> int:
     """Bytes of both splits, and of the logits and probabilities of the larger one's evaluation."""
     splits = (data.train, data.test)

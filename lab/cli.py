@@ -88,7 +88,8 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
         elif tuple[str, ...] in typing.get_args(setting.type):
             options |= {"nargs": "+", "metavar": "FILE"}
         else:
-            options["type"] = setting.type if setting.type in (int, float) else str
+            kinds = (setting.type, *typing.get_args(setting.type))  # int, or int | None
+            options["type"] = next((kind for kind in (int, float) if kind in kinds), str)
             options["metavar"] = options["type"].__name__.upper()
         parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)
     if protocols is None:

@@ -35,10 +35,9 @@ def own_device(name: str) -> torch.device:
 def join_group(name: str) -> None:
     """Under torchrun, join the other processes; the first alone speaks from now on, and writes.
 
-    name is that of the device, as in `own_device`. A script calls it once, before it reads its data:
-    BadInput for a device that this machine lacks.
+    name is that of the device, as in `own_device`. A script calls it once, before `engine.Run`.
     """
-    device = own_device(name)
+    device = own_device(name)  # alone too: a wrong one shows before the data are read
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     if device.type == "cuda":

@@ -52,7 +52,7 @@ class Settings:
     seed: int = flag(0, "initial weights, order and augmentation")
     epochs: int = flag(1, "passes over the training split")
     batch: int = flag(1, "images a step")
-    lr: float = flag(1e-3, "peak learning rate of Adam")
+    lr: float = flag(1e-3, "peak learning rate of Adam")  # Adam's own default
     weight_decay: float = flag(1e-4, "L2 penalty of Adam")
     warmup: float = flag(0.0, "share of the steps that climb linearly to --lr; the rest falls to 0 "
                               "as a cosine")
@@ -63,11 +63,16 @@ class Settings:
     compile: bool = flag(
         False, "torch.compile the network: for GPUs, on a CPU it may slow the steps")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", local=True)
+    data: str | None = flag(
+        None, "a folder of your own images, see docs/own-data.md (default: the study's)",
+        local=True)
     data_root: str | None = flag(
         None, "folder of the data sets (default: $DATA_ROOT, else ./data)", local=True)
     out: str | None = flag(None, "folder of seed<k>.json, seed<k>.pt (default: runs/ and what was "
                                  "changed)", local=True)
     dry_run: bool = flag(False, "one step of everything on one batch; leaves no file", local=True)
+    plan: int = flag(0, "say what the rows on stdin, the flags of one a line, would take with so "
+                        "many seeds, and stop", local=True)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):

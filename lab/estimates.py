@@ -58,7 +58,8 @@ def test_set_part(rows: dict, row: str, other: str | None, key: str,
     """Error of a test metric's difference row - other due to the choice of images, over seeds.
 
     A metric in `redraws` is computed anew on redrawn groups of images; all others are means, so it
-    is the variance over images divided by their number. None where the runs kept no values.
+    is the variance over images divided by their number, or, where images belong to groups, that of
+    the groups' sums: what redrawing groups would give. None where the runs kept no values.
     """
     pairs = pairs_of(rows, row, other) if other else [(one, None) for one in rows[row].values()]
     if key in redraws:
@@ -70,6 +71,11 @@ def test_set_part(rows: dict, row: str, other: str | None, key: str,
             return None
         units = len(first)
     values = np.mean([per_unit(a) - (per_unit(b) if b else 0) for a, b in pairs], 0)
+    group = load_arrays(arrays_file(pairs[0][0])).get("group")
+    if key not in redraws and group is not None:
+        which = np.unique(group, return_inverse=True)[1]
+        sums = np.bincount(which, values - values.mean())
+        return Part(float(np.square(sums).sum()) / len(values)**2, len(sums) - 1)
     return Part(float(np.var(values)) / (1 if key in redraws else units), units - 1)
 
 

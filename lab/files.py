@@ -13,6 +13,7 @@ import os
 import typing
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -162,12 +163,17 @@ def mask_to(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return mask[rows[:, None], columns]
 
 
-def tree_digest(entries: list[tuple[str, bytes]]) -> str:
+def tree_digest(entries: Iterable[tuple[str, bytes]]) -> str:
     """sha256 over the lines "sha256  relative/path" of a set's files, sorted by path."""
-    lines = [f"{hashlib.sha256(content).hexdigest()}  {path}\n"
-             for path, content in sorted(entries)]
-    text = "".join(lines).encode(errors="surrogateescape")  # a name may be no UTF-8
-    return hashlib.sha256(text).hexdigest()
+    return digest_of_digests((path, hashlib.sha256(content).hexdigest())
+                             for path, content in entries)
+
+
+def digest_of_digests(entries: Iterable[tuple[str, str]]) -> str:
+    """The same of files whose own digests are known already: (relative path, sha256 in hex)."""
+    lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(entries))
+    # a name may be no UTF-8
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
 
 
 # ---- checkpoints ----

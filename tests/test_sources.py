@@ -225,7 +225,7 @@ def test_without_a_network_synthetic_facades_stand_in_at_once(tmp_path, monkeypa
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     drawn = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 32, 32, dtype=torch.uint8)
-    monkeypatch.setattr(data, "synthetic_splits", lambda: [drawn, drawn])
+    monkeypatch.setattr(data.synthetic, "drawn_splits", lambda counts, size: ([drawn] * 2, "0"))
     data.obtain_facades(tmp_path)
     assert asked == ["github.com"]  # once
     assert data.load_facades(tmp_path, size=32).synthetic

@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     drawn = [torch.from_numpy(np.stack(part)) for part in
              zip(*[data.synthetic_facade(i, 32) for i in range(6)])]
     pair = drawn[0].permute(0, 3, 1, 2), drawn[1]
-    patch.setattr(data, "synthetic_splits", lambda: [pair, pair])
+    patch.setattr(data.synthetic, "drawn_splits", lambda counts, size: ([pair, pair], "0" * 64))
     (folder / "empty").mkdir()
     argv = ["--protocol", "smoke", "--width", "4", "--batch", "2", "--device", "cpu"]
     for seed in ("0", "1"):
