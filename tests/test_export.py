@@ -65,7 +65,7 @@ def test_a_classifier_too(cls):
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx", "model.int8-ort.onnx"])
 def test_a_classifier_says_where_it_looks(cls, name):
-    """Maps of any batch and size, which sum to the logits; in 8 bits to rounding, and near to it."""
+    """Maps of any batch and size sum to the logits; in 8 bits to rounding, and near to it."""
     model, record = engine.load_trained(cls / "seed0.pt", torch.device("cpu"), models.build)
     about = record["about_data"]
     eager = WithMaps(Deployed(model, about["mean"], about["std"]))
