@@ -116,8 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.plan:
         rows = cost.read_rows(argv, lambda row: cli.parse(Config, __doc__, row, PROTOCOLS))
         run = engine.Run(replace(rows[0], dry_run=True), dataset, models.build)
-        return print(cost.describe(rows, run, dataset, models.build, models.cross_entropy,
-                                   cfg.plan))
+        said = cost.describe(rows, run, dataset, models.build, models.cross_entropy, cfg.plan)
+        return sys.stdout.write(said)
     run = engine.Run(cfg, dataset, models.build, base_weights(cfg) if cfg.frozen else None)
     if cfg.frozen:
         run.model.freeze()
