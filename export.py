@@ -6,7 +6,9 @@
 
 Every form takes uint8 RGB (grey for Fashion-MNIST) images (N, C, H, W), any N, H and W multiples
 of the model's stride, and gives float32 logits. Normalisation is inside, BatchNorm is folded into
-the convolutions. Each says the size that the model was trained at: predict.py, the C++ program and
+the convolutions. A classifier's ONNX files have a second output, `maps`, float32 (N, classes, h, w):
+its class activation maps, whose sum over positions plus the classifier's bias are the logits (in the
+8-bit files to rounding). TorchScript and AOTInductor give the logits alone, as a tensor. Each says the size that the model was trained at: predict.py, the C++ program and
 interpret.py bring an image to it. Files, one each:
 
     model.ts.pt            TorchScript, for Python and C++
@@ -17,7 +19,7 @@ interpret.py bring an image to it. Files, one each:
     model.int8.ts.pt       8 bits in TorchScript, for Python and C++
     parity.json            how each compares with the trained model on the whole held-out split
 
-A float32 form counts only if its logits are within 1e-4 of the model's, an 8-bit form if it loses
+A float32 form counts only if its logits, and maps, are within 1e-4 of the model's, an 8-bit form if it loses
 at most half a point of MAP or accuracy. One that does not is named and not written, and the exit
 code is 1; the others are.
 """
@@ -52,9 +54,10 @@ from torch import Tensor, nn
 import data
 import metrics
 import models
-from lab import cli, devices, engine, forms, records
+from lab import batches, cli, devices, engine, forms, records
 from lab.batches import Dataset
 from lab.cli import flag
+from lab.deployed import Deployed, WithMaps, fold_batchnorm
 from lab.files import BadInput
 from lab.forms import FORMS, ParityError
 from lab.provenance import environment
@@ -108,16 +111,17 @@ class Maker:
     `deployed` on the CPU, its BatchNorm folded; images uint8 (N, C, H, W) of the training split,
     for calibration; `paths` a file for each form. The 8-bit ONNX forms are made of others' files.
     """
-    deployed: models.Deployed
+    deployed: Deployed
     images: Tensor
     about: dict[str, str]
     paths: dict[str, Path]
     device: torch.device
 
-    def graph(self, device: str | torch.device) -> torch.export.ExportedProgram:
+    def graph(self, device: str | torch.device, maps: bool = False) -> torch.export.ExportedProgram:
         deployed = copy.deepcopy(self.deployed).to(device)
         example = self.images[:1].repeat(2, 1, 1, 1).to(device)
-        return forms.capture(deployed, example, deployed.model.stride)
+        return forms.capture(WithMaps(deployed) if maps else deployed, example,
+                             deployed.model.stride)
 
     def write(self, name: str, keep: list[str]) -> None:
         """The form's file; the layers in `keep` stay in float."""
@@ -125,7 +129,8 @@ class Maker:
         if name == "TorchScript":
             forms.write_torchscript(self.deployed, about, path)
         elif name == "ONNX":
-            forms.write_onnx(self.graph("cpu"), about, path)
+            maps = hasattr(self.deployed.model, "activation_maps")
+            forms.write_onnx(self.graph("cpu", maps), about, path)
         elif name == "AOTInductor":
             forms.write_aotinductor(self.graph(self.device), about, path)
         elif name == "ONNX int8":
@@ -165,6 +170,17 @@ def show(name: str, found: dict) -> None:
           f"argmax agrees in {100 * found['argmax_agreement']:.3f} %")
 
 
+@torch.inference_mode()
+def maps_difference(path: Path, model: nn.Module, dataset: Dataset, batch: int) -> float:
+    """How far a file's class activation maps are from the model's, at most, on the split."""
+    form, worst = forms.open_form(path, output="maps"), 0.0
+    for i, (images, _) in enumerate(batches.in_order(dataset, dataset.test, batch)):
+        exact = model.activation_maps(model.features(images))
+        found = form(dataset.test.images[i * batch:(i + 1) * batch])
+        worst = max(worst, (found - exact).abs().max().item())
+    return worst
+
+
 def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: Dataset, batch: int,
           ) -> tuple[dict[str, dict], dict[str, str]]:
     """Make and judge every form that was asked for: what passed, with its comparison, and why not.
@@ -187,6 +203,8 @@ def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: Dataset, batch: 
         form = forms.open_form(path)
         logits = forms.logits_of(lambda images: form(images.to(on)), split.images, batch)
         found = compare(logits, exact[on], dataset)
+        if name == "ONNX" and hasattr(model, "activation_maps"):
+            found["maps_max_difference"] = maps_difference(path, model, dataset, batch)
         show(name, found)
         forms.gate(name, found, passed["eager"], SCORES[dataset.task][1][0])
         return {"file": path.name, "bytes": path.stat().st_size, **found}
@@ -212,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out or Path(cfg.checkpoint).with_suffix(""))
     out.mkdir(parents=True, exist_ok=True)
     chosen = torch.linspace(0, len(dataset.train) - 1, min(cfg.calibration, len(dataset.train)))
-    deployed = models.Deployed(models.fold_batchnorm(model), dataset.mean, dataset.std)
+    deployed = Deployed(fold_batchnorm(model), dataset.mean, dataset.std)
     about = describe(model, record)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         paths = {name: Path(folder, form.file) for name, form in FORMS.items()}

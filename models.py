@@ -8,7 +8,6 @@ Every switch of the two tables is a constructor argument. `forward(x)` is `head(
 three, so class activation maps need no hooks. All forms script and export.
 """
 
-import copy
 import inspect
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.batches import VOID
+from lab.files import BadInput
 
 # in place: no one else reads a norm's output, and a step touches less memory
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU, "none": nn.Identity}
@@ -175,6 +175,15 @@ class VGGResNet(nn.Module):
         # mean, not adaptive pooling: its backward is deterministic on CUDA
         return self.classifier(features.mean((2, 3)))
 
+    def activation_maps(self, features: Tensor) -> Tensor:
+        """Exact class activation maps (Zhou et al. 2016, section 2): float32 (N, classes, h, w).
+
+        What each position of the features, float32 (N, C, h, w), gives to each class's logit:
+        summed over positions, plus the classifier's bias, they are the logits.
+        """
+        positions = features.shape[2] * features.shape[3]
+        return torch.einsum("nchw,kc->nkhw", features, self.classifier.weight) / positions
+
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
@@ -292,10 +301,14 @@ def settings_of(config: dict) -> dict:
     return {name: config[name] for name in parameters if name in config}
 
 
-def settings_of_others(config: dict) -> list[str]:
-    """Those of a run's settings that its own network does not take, but another family does."""
+def refuse_settings_of_others(config: dict, defaults: dict) -> None:
+    """BadInput for a setting that is changed, but that another family's network takes alone."""
     known = {name for family in FAMILIES.values() for name in inspect.signature(family).parameters}
-    return [name for name in config if name in known - settings_of(config).keys()]
+    taken = settings_of(config)
+    for name in config:
+        if name in known - taken.keys() and config[name] != defaults[name]:
+            raise BadInput(f"--{name.replace('_', '-')} switches another network; --arch "
+                           f"{config['arch']} takes {', '.join(taken) or 'no switch'}")
 
 
 def build(config: dict, channels: int, classes: int) -> nn.Module:
@@ -308,42 +321,7 @@ def build(config: dict, channels: int, classes: int) -> nn.Module:
     return family(**{**settings_of(config), "channels": channels, "classes": classes})
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose BatchNorms are part of the convolutions before them.
-
-    It gives the same logits to 1e-5.
-    """
-    model = copy.deepcopy(model).eval()
-    for layers in model.modules():
-        if isinstance(layers, nn.Sequential) and isinstance(
-                layers[-1], (nn.BatchNorm2d, nn.Identity)):
-            if isinstance(layers[-1], nn.BatchNorm2d):
-                layers[0] = nn.utils.fuse_conv_bn_eval(layers[0], layers[1])
-            del layers[-1]
-    return model
-
-
-class Deployed(nn.Module):
-    """A trained model behind its normalisation: uint8 (N, C, H, W) -> float32 logits.
-
-    It is in evaluation mode. mean and std are of images in [0, 1], one value a channel.
-    """
-
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.model = model
-        mean, std = torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
-        self.register_buffer("scale", 1 / (255 * std))
-        self.register_buffer("shift", -mean / std)
-        self.eval().requires_grad_(False)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        images = images.float() * self.scale + self.shift
-        return images.contiguous(memory_format=torch.channels_last)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(self.normalise(images))
-
+# ---- losses ----
 
 def pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """One row a pixel (or image): logits (N, C, ...) -> float32 (M, C), target -> int64 (M,).

@@ -37,9 +37,9 @@ def join_group(name: str) -> None:
 
     name is that of the device, as in `own_device`. A script calls it once, before `engine.Run`.
     """
+    device = own_device(name)  # alone too: a wrong one shows before the data are read
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
-    device = own_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -52,7 +52,7 @@ class Settings:
     seed: int = flag(0, "initial weights, order and augmentation")
     epochs: int = flag(1, "passes over the training split")
     batch: int = flag(1, "images a step")
-    lr: float = flag(1e-3, "peak learning rate of Adam")
+    lr: float = flag(1e-3, "peak learning rate of Adam")  # Adam's own default
     weight_decay: float = flag(1e-4, "L2 penalty of Adam")
     warmup: float = flag(0.0, "share of the steps that climb linearly to --lr; the rest falls to 0 "
                               "as a cosine")

@@ -1,6 +1,7 @@
 """Exported forms of a network: written, made of 8 bits, opened, compared.
 
-A form takes uint8 images (N, C, H, W) and gives float32 logits. What a file says of itself is
+A form takes uint8 images (N, C, H, W) and gives float32 logits; an .onnx may give `maps` as well,
+a second output of the module that was captured. What a file says of itself is
 plain text. Nothing here knows which network it is, nor what its classes are.
 """
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from lab.files import BadInput
 from lab.progress import progress
 
-INPUT = "images"
+INPUT, OUTPUTS = "images", ("logits", "maps")
 FLOAT_TOLERANCE = 1e-4  # of logits, between float32 forms: they only sum in another order
 LOSS = 0.005  # of the metric, in lossy forms
 
@@ -77,12 +78,17 @@ def write_aotinductor(program: torch.export.ExportedProgram, about: dict[str, st
 
 
 def write_onnx(program: torch.export.ExportedProgram, about: dict[str, str], path: Path) -> None:
-    model = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=["logits"],
+    names = list(OUTPUTS[:len(program.graph_signature.user_outputs)])
+    model = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=names,
                               opset_version=20, verbose=False).model_proto
     for value in (*model.graph.input, *model.graph.output):  # the exporter's names say nothing
-        for dim, name in zip(value.type.tensor_type.shape.dim, ("batch", "", "height", "width")):
+        of = "map_" if value.name == "maps" else ""
+        dims = ("batch", "", f"{of}height", f"{of}width")
+        for dim, name in zip(value.type.tensor_type.shape.dim, dims):
             if dim.dim_param:
                 dim.dim_param = name
+    for node in model.graph.node:  # stack traces, which name files of this machine
+        del node.metadata_props[:]
     del model.graph.value_info[:]
     save_onnx(model, about, path)
 
@@ -135,12 +141,19 @@ def layers_of(path: Path) -> tuple[list[str], list[str]]:
     """Names of the nodes that always stay in float, and of the layers that are quantised.
 
     In float stay the normalisation before the first convolution, and a classifier's last layer,
-    which takes no time and whose output would be clipped to the range seen in calibration.
+    which takes no time and whose output would be clipped to the range seen in calibration; so
+    does what `maps` alone need.
     """
-    nodes = onnx.load(path).graph.node
+    graph = onnx.load(path).graph
+    nodes, needed = graph.node, {OUTPUTS[0]}
+    for node in reversed(nodes):
+        if needed & set(node.output):
+            needed |= set(node.input)
     first = next(i for i, node in enumerate(nodes) if node.op_type == "Conv")
-    return ([node.name for i, node in enumerate(nodes) if i < first or node.op_type == "Gemm"],
-            [node.name for node in nodes if node.op_type in ("Conv", "MatMul")])
+    kept = [node.name for i, node in enumerate(nodes)
+            if i < first or node.op_type == "Gemm" or not needed & set(node.output)]
+    return kept, [node.name for node in nodes
+                  if node.op_type in ("Conv", "MatMul") and node.name not in kept]
 
 
 def seven_bits(path: Path) -> dict[str, list[dict]]:
@@ -271,16 +284,18 @@ def worst_convolutions(model: nn.Module, images: Tensor) -> list[str]:
 # ---- opening and comparing ----
 
 def open_form(path: Path, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",),
-              ) -> Callable[[Tensor], Tensor]:
+              output: str = OUTPUTS[0]) -> Callable[[Tensor], Tensor]:
     """An exported file as a function of uint8 images (N, C, H, W) -> float32 logits.
 
-    An .onnx runs with `providers` on `threads` threads, 0 for as many as torch takes.
+    An .onnx runs with `providers` on `threads` threads, 0 for as many as torch takes, and gives
+    the `output` of that name.
     """
     if path.suffix == ".onnx":
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-        return lambda images: torch.from_numpy(session.run(None, {INPUT: images.cpu().numpy()})[0])
+        return lambda images: torch.from_numpy(
+            session.run([output], {INPUT: images.cpu().numpy()})[0])
     if path.suffix == ".pt2":
         package = torch._inductor.aoti_load_package(str(path))
         # compiled for one layout, NCHW, and reads any other as if it were that, without an error
@@ -306,9 +321,10 @@ def gate(name: str, found: dict, exact: dict, metric: str) -> None:
     loss = exact[metric] - found[metric]
     if FORMS[name].lossy and not loss <= LOSS:
         raise ParityError(f"loses {100 * loss:.2f} points of {metric}, allowed {100 * LOSS:g}")
-    if not FORMS[name].lossy and not found["max_difference"] <= FLOAT_TOLERANCE:
-        raise ParityError(f"logits differ by up to {found['max_difference']:.2g}, "
-                          f"allowed {FLOAT_TOLERANCE:g}")
+    for what, key in (("logits", "max_difference"), ("maps", "maps_max_difference")):
+        if not FORMS[name].lossy and not found.get(key, 0.0) <= FLOAT_TOLERANCE:
+            raise ParityError(f"{what} differ by up to {found[key]:.2g}, "
+                              f"allowed {FLOAT_TOLERANCE:g}")
 
 
 def proven(make: Callable[[list[str]], None], judge: Callable[[], dict],

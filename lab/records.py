@@ -138,10 +138,13 @@ def pairs_of(rows: dict, row: str, other: str) -> list[tuple[dict, dict]]:
 
 def paired(rows: dict, row: str, other: str | None, split: str, key: str) -> list[float]:
     """A metric's differences row - other, by the seeds that both have; alone, the row's values."""
+    value = lambda record: record["metrics"][split].get(key)  # None: from before it was measured
     if other is None:
-        return [record["metrics"][split][key] for _, record in sorted(rows.get(row, {}).items())]
-    return [a["metrics"][split][key] - b["metrics"][split][key]
-            for a, b in pairs_of(rows, row, other)]
+        found = [value(record) for _, record in sorted(rows.get(row, {}).items())]
+    else:
+        pairs = [(value(a), value(b)) for a, b in pairs_of(rows, row, other)]
+        found = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+    return [value for value in found if value is not None]
 
 
 def mean_arrays(seeds: dict[int, dict], names: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -4,11 +4,11 @@
    the same model, optimiser and batch, but a DataLoader with workers, float32, NCHW and `.item()`
    at each step.
 2. The same step with --deterministic, against the step without.
-3. On a CPU, two rows of the study side by side, each on half of the cores, against one after the other on
-   all of them: what `make table1 table2 PROTOCOL=desk` does.
+3. On a CPU, two rows of the study side by side, each on half of the cores, against one after the
+   other on all of them: what `make table1 table2 PROTOCOL=desk` does.
 4. Average precision of 7.5 million pixels, against scikit-learn.
-5. Where a step's time goes, by operator, and the speed of its convolutions against that of a large matrix
-   product in the same precision, which is what the processor can reach.
+5. Where a step's time goes, by operator, and the speed of its convolutions against that of a large
+   matrix product in the same precision, which is what the processor can reach.
 
 Times and ratios go to results/bench/speed.json. Rounds of the two sides alternate, so that a busy
 machine slows both; the median of the rounds' ratios counts.
@@ -16,7 +16,6 @@ machine slows both; the median of the rounds' ratios counts.
 
 import contextlib
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
@@ -36,27 +35,29 @@ import metrics
 import models
 import train_cls
 import train_seg
-from lab import batches, devices, engine, files, provenance
+from lab import batches, devices, engine, provenance, records
 from lab.progress import progress
 
 BATCH, SIZE, STEPS, ROUNDS = 8, 256, 2, 4  # the study's size; the batch that a CPU takes
 
 
 def facades(size: int) -> data.Dataset:
-    """Synthetic ones, the same on every machine: what a round takes and the plain loop's workers fetch ahead."""
+    """Synthetic ones, the same everywhere: a round's, and what the plain loop fetches ahead."""
     drawn = [data.synthetic_facade(i, size) for i in range((STEPS + 1 + 4) * BATCH)]
     images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
     masks = torch.from_numpy(np.stack([mask for _, mask in drawn]))
     split = batches.Split(images, masks, torch.arange(len(images)))
-    return batches.Dataset("synthetic facades", data.FACADE_CLASSES, (0.5,) * 3, (0.25,) * 3, "", True, split, split)
+    return batches.Dataset("synthetic facades", data.FACADE_CLASSES, (0.5,) * 3, (0.25,) * 3, "",
+                           True, split, split)
 
 
 def garments(steps: int) -> data.Dataset:
     """Noise of Fashion-MNIST's shape: what a step takes does not depend on what the images show."""
     generator = torch.Generator().manual_seed(0)
     count = steps * 128
-    split = batches.Split(torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator),
-                       torch.randint(0, 10, (count,), dtype=torch.uint8, generator=generator), torch.arange(count))
+    images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    targets = torch.randint(0, 10, (count,), dtype=torch.uint8, generator=generator)
+    split = batches.Split(images, targets, torch.arange(count))
     return batches.Dataset("noise", data.FASHION_CLASSES, (0.5,), (0.25,), "", True, split, split)
 
 
@@ -65,7 +66,8 @@ class Facades(Dataset):
 
     def __init__(self, dataset: batches.Dataset):
         self.split = dataset.train
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.mean, dataset.std))
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1)
+                               for values in (dataset.mean, dataset.std))
 
     def __len__(self) -> int:
         return len(self.split)
@@ -83,7 +85,8 @@ def plain_loop(dataset: batches.Dataset, device: torch.device) -> float:
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=1e-4)
     loss_fn = torch.nn.CrossEntropyLoss()
     running = 0.0
-    for step, (x, y) in enumerate(DataLoader(Facades(dataset), BATCH, shuffle=True, num_workers=2, drop_last=True)):
+    loader = DataLoader(Facades(dataset), BATCH, shuffle=True, num_workers=2, drop_last=True)
+    for step, (x, y) in enumerate(loader):
         if step == 1:
             start = time.perf_counter()
         x, y = x.to(device), y.to(device)
@@ -101,7 +104,8 @@ def engine_loop(cfg: engine.Settings, dataset: batches.Dataset, steps: int = STE
     """Seconds a step, after a warm-up step, by the engine's own clock."""
     seconds = []
     for count in (1, steps):
-        part = dataclasses.replace(dataset, train=dataset.train.map(lambda t: t[:count * cfg.batch]))
+        train = dataset.train.map(lambda t: t[:count * cfg.batch])
+        part = dataclasses.replace(dataset, train=train)
         with tempfile.TemporaryDirectory() as out:
             run = engine.Run(dataclasses.replace(cfg, out=out), part, models.build)
             with contextlib.redirect_stdout(None):
@@ -118,24 +122,26 @@ LOOPS = {"engine": lambda: engine_loop(standard(SIZE), facades(SIZE)),
          "plain": lambda: plain_loop(facades(SIZE), devices.pick_device("auto")),
          "deterministic": lambda: engine_loop(standard(SIZE, deterministic=True), facades(SIZE)),
          "hourglass": lambda: engine_loop(standard(128), facades(128), 3 * STEPS),
-         "vgg-resnet": lambda: engine_loop(train_cls.Config(epochs=1), garments(6 * STEPS), 6 * STEPS)}
+          "vgg-resnet": lambda: engine_loop(train_cls.Config(epochs=1), garments(6 * STEPS),
+                                            6 * STEPS)}
 
 
 def apart(loop: str, beside: int = 1) -> float:
-    """Seconds a step of one loop in a process of its own, as it is used: neither inherits the other's allocator.
+    """Seconds a step of one loop in its own process, as it is used: none inherits an allocator.
 
-    With `beside` processes at a time, each on its share of the cores: seconds until each has done a step,
-    divided by their number.
+    With `beside` processes at a time, each on its share of the cores: seconds until each has done a
+    step, divided by their number.
     """
     threads = str(max(1, torch.get_num_threads() // beside))
     running = [subprocess.Popen([sys.executable, __file__, loop], stdout=subprocess.PIPE, text=True,
-                                env={**os.environ, "OMP_NUM_THREADS": threads}) for _ in range(beside)]
+                                env={**os.environ, "OMP_NUM_THREADS": threads})
+               for _ in range(beside)]
     seconds = [float(process.communicate()[0]) for process in running]
     return statistics.mean(seconds) / beside
 
 
 def profiled(name: str, cfg: engine.Settings, dataset: batches.Dataset) -> dict:
-    """Shares of a step's time by operator, and the rate of its convolutions against a matrix product's."""
+    """Shares of a step's time by operator; its convolutions' rate against a matrix product's."""
     dataset = dataclasses.replace(dataset, train=dataset.train.map(lambda t: t[:cfg.batch]))
     with tempfile.TemporaryDirectory() as out:
         run = engine.Run(dataclasses.replace(cfg, epochs=3, out=out), dataset, models.build)
@@ -153,12 +159,15 @@ def profiled(name: str, cfg: engine.Settings, dataset: batches.Dataset) -> dict:
     milliseconds = {event.key.removeprefix("aten::"): event.self_cpu_time_total / 3000
                     for event in profiler.key_averages()}
     total = sum(milliseconds.values())
-    groups = {"convolution forward": ("mkldnn_convolution",), "convolution backward": ("convolution_backward",),
+    groups = {"convolution forward": ("mkldnn_convolution",),
+              "convolution backward": ("convolution_backward",),
               "norm": ("native_batch_norm", "native_batch_norm_backward")}
-    shares = {group: sum(milliseconds.get(key, 0) for key in keys) / total for group, keys in groups.items()}
-    # forward, and the gradients of data and of weights: three times the multiply-adds, two operations each
+    shares = {group: sum(milliseconds.get(key, 0) for key in keys) / total
+              for group, keys in groups.items()}
+    # forward, gradients of data and of weights: three times the multiply-adds, two operations each
     convolutions = 6 * cfg.batch * provenance.multiply_adds(run.model, images.shape[1:])
-    rate = convolutions / 1e6 / total / (shares["convolution forward"] + shares["convolution backward"])
+    in_convolutions = shares["convolution forward"] + shares["convolution backward"]
+    rate = convolutions / 1e6 / total / in_convolutions
     a = torch.randn(2048, 2048).to(run.dtype)
     seconds = []
     for _ in range(10):
@@ -166,16 +175,19 @@ def profiled(name: str, cfg: engine.Settings, dataset: batches.Dataset) -> dict:
         a @ a
         seconds.append(time.perf_counter() - start)
     peak = 2 * 2048**3 / 1e9 / statistics.median(seconds)
-    print(f"{name}: {total:.0f} ms a step, " + ", ".join(f"{group} {100 * share:.0f} %" for group, share in shares.items())
-          + f"; convolutions at {rate:.0f} GFLOP/s, a matrix product at {peak:.0f}")
-    return {"name": name, "milliseconds": total, "shares": shares, "convolutions_gflops": rate, "matmul_gflops": peak}
+    by_group = ", ".join(f"{group} {100 * share:.0f} %" for group, share in shares.items())
+    print(f"{name}: {total:.0f} ms a step, {by_group}"
+          f"; convolutions at {rate:.0f} GFLOP/s, a matrix product at {peak:.0f}")
+    return {"name": name, "milliseconds": total, "shares": shares, "convolutions_gflops": rate,
+            "matmul_gflops": peak}
 
 
 def compare(name: str, other: str, pairs: list[tuple[float, float]]) -> dict:
     """Print and return one comparison of (our seconds, their seconds), a pair a round."""
     ratios = sorted(theirs / ours for ours, theirs in pairs)
     ours, theirs = (statistics.median(side) for side in zip(*pairs))
-    print(f"{name}: {1000 * ours:.0f} ms, {other} {1000 * theirs:.0f} ms, ratio {statistics.median(ratios):.2f} "
+    print(f"{name}: {1000 * ours:.0f} ms, {other} {1000 * theirs:.0f} ms, "
+          f"ratio {statistics.median(ratios):.2f} "
           f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds)")
     return {"name": name, "against": other, "ratio": statistics.median(ratios), "seconds": pairs}
 
@@ -190,7 +202,8 @@ def main() -> None:
     rounds = progress(range(ROUNDS), "training steps", unit="rounds")
     engines, plains, fixed = zip(*[[apart(loop) for loop in ("engine", "plain", "deterministic")]
                                    for _ in rounds])
-    results = [compare(f"training step, HourGlass(2*32), batch {BATCH}, {SIZE} pixels", "plain loop",
+    results = [compare(f"training step, HourGlass(2*32), batch {BATCH}, {SIZE} pixels",
+                       "plain loop",
                        list(zip(engines, plains))),
                compare("the same step with --deterministic", "without", list(zip(fixed, engines)))]
     if device.type == "cpu" and torch.get_num_threads() > 1:
@@ -212,16 +225,18 @@ def main() -> None:
             theirs = average_precision_score(positive.numpy(), scores.numpy())
             pairs.append((middle - start, time.perf_counter() - middle))
             assert np.isclose(ours, theirs, rtol=0, atol=1e-12)
-        results.append(compare(f"average precision, 7.5M pixels, {100 * share:.0f} % positive", "scikit-learn", pairs))
+        results.append(compare(f"average precision, 7.5M pixels, {100 * share:.0f} % positive",
+                               "scikit-learn", pairs))
     profiles = []
     if device.type == "cpu":
         devices.keep_freed_memory()
         profiles = [profiled("HourGlass(2*32), batch 8, 128 pixels", standard(128), facades(128)),
-                    profiled("VGG-ResNet(2,32,maxpool), batch 128, 28 pixels", train_cls.Config(epochs=1), garments(1))]
+                    profiled("VGG-ResNet(2,32,maxpool), batch 128, 28 pixels",
+                             train_cls.Config(epochs=1), garments(1))]
     record = Path("results/bench/speed.json")
     record.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(record, (json.dumps({"environment": environment, "results": results, "profiles": profiles},
-                                            indent=1) + "\n").encode())
+    content = {"environment": environment, "results": results, "profiles": profiles}
+    records.write(record, content)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Speed and memory of every exported form beside eager PyTorch and its peers: `python export.py bench`.
+"""Speed and memory of every exported form beside eager PyTorch and its peers.
 
-    python export.py bench --checkpoint runs/.../seed0.pt         after the export of the same checkpoint
+    python export.py bench --checkpoint runs/.../seed0.pt    after the export of the same checkpoint
 
-Each measurement is a process of its own that loads one form, warms up and times forward passes of random images. Rounds
-go over all forms in turn, so that a busy machine slows all of them; ratios are taken within a round. "eager" is what a
-plain script gets: PyTorch's default layout and allocator. The C++ program takes part where `make cpp/runner` built it,
-OpenVINO where it is installed. Metrics are of the held-out split at the run's own image size.
+Each measurement is a process of its own that loads one form, warms up and times forward passes of
+random images. Rounds go over all forms in turn, so that a busy machine slows all of them; ratios
+are taken within a round. "eager" is what a plain script gets: PyTorch's default layout and
+allocator. The C++ program takes part where `make cpp/runner` built it, OpenVINO where it is
+installed. Metrics are of the held-out split at the run's own image size.
 """
 
 import importlib.metadata
@@ -30,8 +31,9 @@ from torch import Tensor
 import data
 import export
 import models
-from lab import cli, devices, engine, figures, files, forms, provenance
+from lab import cli, devices, engine, figures, files, forms, provenance, records
 from lab.cli import flag
+from lab.deployed import Deployed
 from lab.files import BadInput
 
 BASE = "eager"
@@ -60,7 +62,7 @@ BATCHES = (1, 8)
 @dataclass(frozen=True, kw_only=True)
 class Config:
     checkpoint: str | None = flag(None, "seed<k>.pt of a finished run that was exported")
-    models: str | None = flag(None, "folder of its models (default: the checkpoint's name without .pt)")
+    models: str | None = flag(None, "folder of its models (default: the checkpoint, without .pt)")
     size: int = flag(256, "pixels a side of the timed images")
     rounds: int = flag(3, "how often each form is measured")
     seconds: float = flag(3.0, "time of one measurement, at least 5 passes")
@@ -68,13 +70,13 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, ...")
     data: str | None = flag(None, "the folder of your own that the run was trained on")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
-    record: str = flag("results/bench/inference.json", "file of the results; a .png of the same name beside it")
-    only: str | None = flag(None, "time this form alone, in this process, and print the times as JSON")
+    record: str = flag("results/bench/inference.json", "file of the results, a .png beside it")
+    only: str | None = flag(None, "time this form alone, in this process; print the times as JSON")
     batch: int = flag(1, "images a pass, with --only")
 
     def __post_init__(self) -> None:
         if self.checkpoint is None:
-            raise BadInput("--checkpoint is missing: name the seed<k>.pt of a run that was exported")
+            raise BadInput("--checkpoint is missing: name the seed<k>.pt of an exported run")
         for name in ("size", "rounds", "seconds", "threads", "batch"):
             if not getattr(self, name) > 0:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be above 0")
@@ -86,23 +88,25 @@ class Config:
 
 
 def open_backend(cfg: Config, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """One row of the table as a function of uint8 images (N, C, H, W) on its device -> float32 logits."""
+    """A row of the table: a function of uint8 images (N, C, H, W) on its device -> float32."""
     how, form, precision = BACKENDS[name]
     if how == "file":
         return forms.open_form(cfg.file(form), cfg.threads, onnxruntime.get_available_providers())
     if how == "openvino":
         import openvino
         compiled = openvino.Core().compile_model(cfg.file(form), "CPU", {
-            "INFERENCE_NUM_THREADS": cfg.threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision})
+            "INFERENCE_NUM_THREADS": cfg.threads, "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision})
         request = compiled.create_infer_request()
         return lambda images: torch.from_numpy(request.infer({0: images.contiguous().numpy()})[0])
     model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     about = record["about_data"]
-    deployed = models.Deployed(model, about["mean"], about["std"]).to(device)
+    deployed = Deployed(model, about["mean"], about["std"]).to(device)
     if name == BASE:
         model.to(memory_format=torch.contiguous_format)
         return lambda images: model(deployed.normalise(images).contiguous())
-    forward = lambda images: engine.forward(model, deployed.normalise(images), getattr(torch, precision))
+    dtype = getattr(torch, precision)
+    forward = lambda images: engine.forward(model, deployed.normalise(images), dtype)
     return torch.compile(forward) if how == "compile" else forward
 
 
@@ -114,8 +118,8 @@ def memory_mb(which: str) -> int:
 
 @torch.inference_mode()
 def measure(cfg: Config) -> dict:
-    """Seconds of each pass, and the peak memory that model and passes need (on CUDA that of the tensors)."""
-    before = memory_mb("VmRSS")  # the libraries, of which a form needs one, and this process imports all
+    """Seconds of each pass, and the peak memory of model and passes (CUDA: that of the tensors)."""
+    before = memory_mb("VmRSS")  # the libraries: this process imports all, a form needs one
     torch.set_num_threads(cfg.threads)
     device = devices.pick_device(cfg.device)
     if cfg.only != BASE and device.type == "cpu":
@@ -134,7 +138,8 @@ def measure(cfg: Config) -> dict:
         run(images)
         wait()
         seconds.append(time.perf_counter() - start)
-    memory = torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else memory_mb("VmHWM") - before
+    memory = (torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else
+              memory_mb("VmHWM") - before)
     how, form, _ = BACKENDS[cfg.only]
     onnx = how == "file" and cfg.file(form).suffix == ".onnx"
     more = {"provider": providers_of(cfg.file(form), images)} if onnx else {}
@@ -164,22 +169,26 @@ def parity_of(cfg: Config) -> dict:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise BadInput(f"{path} is missing: run python export.py --checkpoint {cfg.checkpoint} first") from error
+        raise BadInput(f"{path} is missing: run python export.py --checkpoint {cfg.checkpoint} "
+                       "first") from error
 
 
 def measure_apart(cfg: Config, name: str, batch: int) -> dict:
     how, form, _ = BACKENDS[name]
     if how == "runner":
-        command = [provenance.SOURCE / "cpp/runner", cfg.file(form), "--bench", batch, cfg.size, cfg.seconds, cfg.threads]
+        command = [provenance.SOURCE / "cpp/runner", cfg.file(form), "--bench", batch, cfg.size,
+                   cfg.seconds, cfg.threads]
     else:
         command = [sys.executable, __file__, "--only", name, "--batch", batch]
         for key in ("checkpoint", "models", "size", "seconds", "threads", "device"):
             command += [f"--{key}", getattr(cfg, key)] if getattr(cfg, key) is not None else []
     path = os.pathsep.join(filter(None, [str(provenance.SOURCE), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([*map(str, command)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(cfg.threads), "PYTHONPATH": path})
+                          env={**os.environ, "OMP_NUM_THREADS": str(cfg.threads),
+                               "PYTHONPATH": path})
     if done.returncode:
-        raise BadInput(f"{name} cannot be timed: {(done.stderr.splitlines() or ['no message'])[-1]}")
+        last = (done.stderr.splitlines() or ["no message"])[-1]
+        raise BadInput(f"{name} cannot be timed: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -203,7 +212,7 @@ def hindrance(cfg: Config, name: str, device: torch.device) -> str | None:
 
 
 def quality(cfg: Config, names: list[str], device: torch.device) -> dict[str, dict]:
-    """Each row's comparison with the model: from the export's report, or measured here where that has no such form."""
+    """Each row compared with the model: the export's word, or measured here where it has none."""
     known = parity_of(cfg)["forms"]
     model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     dataset = data.load_recorded(record, cfg.data_root, cfg.data).to(device)
@@ -228,55 +237,64 @@ def summarise(rounds: list[dict], names: list[str], found: dict[str, dict]) -> l
         row |= {key: value for key, value in rounds[0][name][1].items() if key == "provider"}
         for batch in BATCHES:
             seconds = np.concatenate([one[name][batch]["seconds"] for one in rounds])
-            ratios = [statistics.median(one[BASE][batch]["seconds"]) / statistics.median(one[name][batch]["seconds"])
-                      for one in rounds]
+            median = lambda one, name: statistics.median(one[name][batch]["seconds"])
+            ratios = [median(one, BASE) / median(one, name) for one in rounds]
             row[f"batch{batch}"] = {
                 "median_ms": 1000 * np.median(seconds), "p95_ms": 1000 * np.percentile(seconds, 95),
                 "images_per_second": batch / np.median(seconds), "passes": len(seconds),
-                "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
+                "ratio": statistics.median(ratios),
+                "ratio_low": min(ratios), "ratio_high": max(ratios),
                 "peak_mb": max(one[name][batch]["peak_mb"] for one in rounds)}
         rows.append(row)
     return rows
 
 
+def metric_of(record: dict) -> tuple[str, str]:
+    """The metric's key and name."""
+    return ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
+
+
 def render(record: dict) -> str:
-    key, label = ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
-    lines = ["| form | median ms | p95 ms | times as fast as eager (rounds) | images/s | images/s, batch 8 | peak MB | "
-             f"test {label} |",
+    key, label = metric_of(record)
+    lines = ["| form | median ms | p95 ms | times as fast as eager (rounds) | images/s "
+             f"| images/s, batch 8 | peak MB | test {label} |",
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
     for row in record["results"]:
         one, many = row["batch1"], row["batch8"]
         name = f"{row['name']} ({row['provider']})" if "provider" in row else row["name"]
         lines.append(f"| {name} | {one['median_ms']:.1f} | {one['p95_ms']:.1f} | "
                      f"{one['ratio']:.2f} ({one['ratio_low']:.2f} to {one['ratio_high']:.2f}) | "
-                     f"{one['images_per_second']:.1f} | "
-                     f"{many['images_per_second']:.1f} | {one['peak_mb']} | {100 * row['quality'][key]:.2f} |")
+                     f"{one['images_per_second']:.1f} | {many['images_per_second']:.1f} | "
+                     f"{one['peak_mb']} | {100 * row['quality'][key]:.2f} |")
     environment = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines.append(f"\n{record['model']}, trained on {record['parity']['data']}, {record['size']} "
                  f"pixels a side, batch 1 unless said; {environment['device']}; {versions}. "
                  f"Median and range of {record['rounds']} rounds, each form in a process of its "
                  f"own; peak memory without the libraries themselves. "
-                 f"{label} is that of the split at {record['parity']['size']} pixels, the run's own size.")
+                 f"{label} is that of the split at {record['parity']['size']} pixels, the run's "
+                 "own size.")
     return "\n".join(lines) + "\n"
 
 
 def draw(record: dict, path: Path) -> None:
-    """Speed against the metric: a marker a form, and the line that an 8-bit form may not fall below."""
-    key, label = ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
+    """Speed against the metric: a marker a form; the line that an 8-bit form may not fall below."""
+    key, label = metric_of(record)
     figure, ax = figures.subplots(figsize=(9, 4.2))
-    colours = {"float32": "#0072B2", "f32": "#0072B2", "bfloat16": "#009E73", "bf16": "#009E73", "int8": "#D55E00"}
+    colours = {"float32": "#0072B2", "f32": "#0072B2", "bfloat16": "#009E73", "bf16": "#009E73",
+               "int8": "#D55E00"}
     for row, marker in zip(record["results"], "o^sDvPX*hpd<>xHs^"):
         colour = colours["int8" if "int8" in row["name"] else BACKENDS[row["name"]][2]]
         peer = row["name"].startswith("OpenVINO")
-        ax.plot(row["batch1"]["images_per_second"], 100 * row["quality"][key], marker, ms=9, color=colour, ls="",
-                mfc="none" if peer else colour, label=row["name"])
+        ax.plot(row["batch1"]["images_per_second"], 100 * row["quality"][key], marker, ms=9,
+                color=colour, ls="", mfc="none" if peer else colour, label=row["name"])
     eager = 100 * record["results"][0]["quality"][key]
     ax.axhline(eager - 100 * forms.LOSS, color="black", ls="--", lw=1)
     ax.text(0.99, eager - 100 * forms.LOSS, "the gate of int8", ha="right", va="bottom",
             transform=ax.get_yaxis_transform())
     ax.set(xlim=(0, None), ylim=(eager - 150 * forms.LOSS, eager + 60 * forms.LOSS),
-           xlabel=f"images a second, batch 1, {record['size']} pixels a side, {record['threads']} threads",
+           xlabel=f"images a second, batch 1, {record['size']} pixels a side, "
+                  f"{record['threads']} threads",
            ylabel=f"test {label} (%), {record['parity']['data']}")
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
@@ -304,7 +322,8 @@ def main(argv: list[str] | None = None) -> None:
             for name in names:
                 rounds[-1][name][batch] = measure_apart(cfg, name, batch)
                 print(f"round {i + 1}/{cfg.rounds}, batch {batch}: {name} "
-                      f"{1000 * statistics.median(rounds[-1][name][batch]['seconds']):.1f} ms", flush=True)
+                      f"{1000 * statistics.median(rounds[-1][name][batch]['seconds']):.1f} ms",
+                      flush=True)
     model, trained = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     settings = ", ".join(f"{name}={value}" for name, value in
                          models.settings_of(trained["config"]).items())
@@ -312,12 +331,13 @@ def main(argv: list[str] | None = None) -> None:
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     if any(name.startswith("OpenVINO") for name in names):
         versions["openvino"] = importlib.metadata.version("openvino")
-    record = {"model": model, "size": cfg.size, "threads": cfg.threads, "rounds": cfg.rounds, "seconds": cfg.seconds,
-              "environment": provenance.environment(device, torch.float32), "versions": versions, "parity": parity,
+    record = {"model": model, "size": cfg.size, "threads": cfg.threads, "rounds": cfg.rounds,
+              "seconds": cfg.seconds, "environment": provenance.environment(device, torch.float32),
+              "versions": versions, "parity": parity,
               "results": summarise(rounds, names, found)}
     path = Path(cfg.record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, (json.dumps(files.jsonable(record), indent=1) + "\n").encode())
+    records.write(path, record)
     draw(record, path.with_suffix(".png"))
     files.write_atomic(path.with_suffix(".md"), render(record).encode())
     print(render(record))

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of the IDX and the archive reader, from valid samples on, by the checks of test_fuzz.py.
+"""Coverage-guided fuzzing of the IDX and the archive reader, by the checks of test_fuzz.py.
 
     PYTHONPATH=. python tests/fuzz.py idx --seconds 60      or archive
 
@@ -24,10 +24,12 @@ with atheris.instrument_imports(include=["data", "lab.fetch", "tarfile", "gzip"]
 import numpy as np
 import test_fuzz as checks
 
-ARRAYS = {name: np.ones(shape, np.uint8) for name, shape in zip(data.IDX_FILES, ((2, 3, 4), 2, (1, 3, 4), 1))}
+SHAPES = (2, 3, 4), 2, (1, 3, 4), 1
+ARRAYS = {name: np.ones(shape, np.uint8) for name, shape in zip(data.IDX_FILES, SHAPES)}
 SAMPLE = {name: checks.idx(array) for name, array in ARRAYS.items()}
 ODD = checks.tar([{"name": "mini_facade/" + "é" * 99, "kind": checks.LINK, "link": "."},
-                  {"name": "z", "kind": b"x", "body": b"11 size=99\n"}, {"name": "z", "size": 1 << 40}])
+                  {"name": "z", "kind": b"x", "body": b"11 size=99\n"},
+                  {"name": "z", "size": 1 << 40}])
 GOOD = checks.tar(checks.members(checks.FILES))
 
 
@@ -42,27 +44,31 @@ def fuzz_idx(content: bytes) -> None:
     checks.check_idx(read(found, SAMPLE), ARRAYS, found)
     try:
         splits = read(found, found)
-    except Exception:  # no pinned set is malformed, so any will do; but what is read must be what is written
+    except Exception:  # no pinned set is malformed, so any will do; but what is read must be right
         return
     if isinstance(splits, tuple):
-        arrays = [array.numpy() for split in splits for array in (split.images[:, 0], split.targets)]
+        arrays = [array.numpy() for split in splits
+                  for array in (split.images[:, 0], split.targets)]
         assert [checks.idx(array) for array in arrays] == list(found.values())
 
 
 def fuzz_archive(content: bytes) -> None:
     blocks = bytearray(content)
-    for at in range(0, len(blocks), 512):  # with right checksums, or tarfile would read no mutated header
+    for at in range(0, len(blocks), 512):  # with right checksums: tarfile reads no other header
         if blocks[at + 257:at + 262] == b"ustar":
-            blocks[at + 148:at + 156] = b"%06o\0 " % (sum(blocks[at:at + 148] + blocks[at + 156:at + 512]) + 256)
+            summed = sum(blocks[at:at + 148] + blocks[at + 156:at + 512]) + 256
+            blocks[at + 148:at + 156] = b"%06o\0 " % summed
     checks.check_archive(bytes(blocks))
 
 
 TARGETS = {"idx": (fuzz_idx, [b"--".join(SAMPLE.values())]),
-           "archive": (fuzz_archive, [GOOD, GOOD[:-1024] + ODD, ODD[:-1024] + GOOD, gzip.compress(GOOD)])}
+            "archive": (fuzz_archive, [GOOD, GOOD[:-1024] + ODD, ODD[:-1024] + GOOD,
+                                       gzip.compress(GOOD)])}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reader", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
     args = parser.parse_args()
@@ -76,10 +82,12 @@ def main() -> None:
             raise
 
     with checks.scratch() as folder:
-        corpus = checks.put(Path(folder, "corpus"), {str(i): sample for i, sample in enumerate(samples)})
-        atheris.Setup([sys.argv[0], str(corpus), f"-artifact_prefix={folder}/", f"-max_total_time={args.seconds}",
-                       "-max_len=16384", "-rss_limit_mb=4096", "-timeout=0"], target)  # the checks stop what hangs
-        process = multiprocessing.get_context("fork").Process(target=atheris.Fuzz)  # which ends its process
+        corpus = checks.put(Path(folder, "corpus"),
+                            {str(i): sample for i, sample in enumerate(samples)})
+        flags = [str(corpus), f"-artifact_prefix={folder}/", f"-max_total_time={args.seconds}",
+                 "-max_len=16384", "-rss_limit_mb=4096", "-timeout=0"]  # the checks stop what hangs
+        atheris.Setup([sys.argv[0], *flags], target)
+        process = multiprocessing.get_context("fork").Process(target=atheris.Fuzz)  # it ends itself
         process.start()
         process.join()
     sys.exit(process.exitcode != 0)

@@ -26,7 +26,8 @@ def toy(n=10, size=4, classes=3):
 
 def test_fashion_splits(fashion_root):
     full, dev = data.load_fashion(fashion_root), data.load_fashion(fashion_root, "dev")
-    assert (len(full.train), len(full.test), len(dev.train), len(dev.test)) == (60000, 10000, 50000, 10000)
+    sizes = [len(split) for split in (full.train, full.test, dev.train, dev.test)]
+    assert sizes == [60000, 10000, 50000, 10000]
     assert full.held_out == "test" and dev.held_out == "val"
     assert torch.equal(torch.cat([dev.train.images, dev.test.images]), full.train.images)
     assert full.train.class_counts(10).tolist() == [6000] * 10
@@ -57,14 +58,16 @@ def test_resizing_keeps_classes_and_alignment(tiny_root):
     assert set(half.train.targets.unique().tolist()) <= set(full.train.targets.unique().tolist())
     assert torch.equal(half.train.targets, full.train.targets[:, 1::2, 1::2])
     pooled = torch.nn.functional.avg_pool2d(full.train.images.float(), 2)
-    assert (half.train.images.float() - pooled).abs().mean() < 12  # antialiased, not a sample of one in four
+    difference = half.train.images.float() - pooled
+    assert difference.abs().mean() < 12  # antialiased, not a sample of one in four
 
 
 # ---- synthetic facades ----
 
 def test_synthetic_facades_stand_in_and_say_so(tmp_path, capsys):
     dataset = data.load_facades(tmp_path, size=32)
-    assert dataset.synthetic and "SYNTHETIC" in capsys.readouterr().err and "SYNTHETIC" in data.describe(dataset)
+    assert dataset.synthetic and "SYNTHETIC" in capsys.readouterr().err
+    assert "SYNTHETIC" in data.describe(dataset)
     assert (len(dataset.train), len(dataset.test)) == (302, 67)
     again = data.load_facades(tmp_path, size=32)
     assert again.digest == dataset.digest and torch.equal(again.train.images, dataset.train.images)
@@ -86,15 +89,19 @@ def test_synthetic_facade_is_a_pure_function_with_realistic_imbalance():
 
 def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch():
     dataset = toy(10)
-    seen = lambda seed, epoch: torch.cat([images[:, 0, 0, 1] for images, _ in
-                                          batches.shuffled(dataset, 5, seed, epoch, False)]).int().tolist()
+
+    def seen(seed: int, epoch: int) -> list[int]:
+        found = batches.shuffled(dataset, 5, seed, epoch, False)
+        return torch.cat([images[:, 0, 0, 1] for images, _ in found]).int().tolist()
+
     assert sorted(seen(0, 0)) == list(range(10))
     assert seen(0, 0) == seen(0, 0)
     assert len({tuple(seen(*key)) for key in ((0, 0), (0, 1), (1, 0), (1, 1))}) == 4
 
 
 def test_the_incomplete_batch_is_left_out_and_a_small_split_is_one_batch():
-    shapes = lambda batch: [len(images) for images, _ in batches.shuffled(toy(10), batch, 0, 0, False)]
+    shapes = lambda batch: [len(images) for images, _
+                            in batches.shuffled(toy(10), batch, 0, 0, False)]
     assert shapes(4) == [4, 4] and shapes(16) == [10]
     assert [len(images) for images, _ in batches.in_order(toy(10), toy(10).test, 4)] == [4, 4, 2]
 
@@ -104,7 +111,8 @@ def test_a_flip_mirrors_image_and_mask_together_half_of_the_time():
     for epoch in range(20):
         for images, targets in batches.shuffled(toy(10), 5, 0, epoch, True):
             left, right = images[:, 0, 0, 0] > 99, images[:, 0, 0, -1] > 99
-            assert torch.equal(targets[:, 0, 0] == 1, left) and torch.equal(targets[:, 0, -1] == 1, right)
+            assert torch.equal(targets[:, 0, 0] == 1, left)
+            assert torch.equal(targets[:, 0, -1] == 1, right)
             flipped += right.sum().item()
     assert 70 < flipped < 130
     assert toy().train.images[:, 0, 0, 0].min() >= 100  # the set itself is left as it was
@@ -116,7 +124,7 @@ def test_normalise():
     assert found.flatten().tolist() == pytest.approx([-2, 2])
 
 
-# ---- the data root; broken sets are in test_bad_input.py ----
+# ---- the data root; broken sets are in test_bad_data.py ----
 
 def test_a_data_root_that_is_named_must_exist(tmp_path, monkeypatch):
     monkeypatch.delenv("DATA_ROOT", raising=False)
@@ -132,8 +140,12 @@ def test_a_data_root_that_is_named_must_exist(tmp_path, monkeypatch):
 
 def garments_and_digits(n=4000):
     generator = torch.Generator().manual_seed(0)
-    make = lambda low: batches.Split(torch.randint(low, low + 100, (n, 1, 4, 4), generator=generator, dtype=torch.uint8),
-                                  torch.randint(0, 10, (n,), generator=generator, dtype=torch.uint8), torch.arange(n))
+
+    def make(low: int) -> batches.Split:
+        images = torch.randint(low, low + 100, (n, 1, 4, 4), generator=generator, dtype=torch.uint8)
+        classes = torch.randint(0, 10, (n,), generator=generator, dtype=torch.uint8)
+        return batches.Split(images, classes, torch.arange(n))
+
     return make(0), make(100)  # pixel values tell a garment from a digit
 
 
@@ -141,8 +153,10 @@ def test_a_grid_depends_on_its_seed_and_index_alone():
     garments, digits = garments_and_digits()
     whole = data.composites(garments, digits, 7, 0.5)
     part = data.composites(garments.map(lambda t: t[:50]), digits, 7, 0.5)
-    assert torch.equal(part.split.images, whole.split.images[:50]) and torch.equal(part.digits, whole.digits[:50])
-    assert not torch.equal(data.composites(garments, digits, 8, 0.5).split.images, whole.split.images)
+    assert torch.equal(part.split.images, whole.split.images[:50])
+    assert torch.equal(part.digits, whole.digits[:50])
+    other = data.composites(garments, digits, 8, 0.5)
+    assert not torch.equal(other.split.images, whole.split.images)
     assert torch.bincount(whole.cells).min() > 900  # all four cells, about as often
 
 

@@ -1,7 +1,7 @@
 """Runs in two processes under torchrun, gloo on the CPU, against the same run in one.
 
-In float64: there the two differ by the order of sums alone. In float32 BatchNorm and Adam blow the last bit up, as
-they do between two numbers of threads.
+In float64: there the two differ by the order of sums alone. In float32 BatchNorm and Adam blow the
+last bit up, as they do between two numbers of threads.
 """
 
 import json
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import make_tiny_root
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "--no-python"]
 # HIT="1 5 9": process 1 gets signal 9 before its step 5, counted from 0 over all epochs
 SCRIPT = """
 import importlib, itertools, os, sys
@@ -44,8 +45,9 @@ CLS = ["train_cls", "--protocol", "smoke", "--width", "4", "--batch", "64", "--t
 def run(out, root, flags, processes=1, hit=None):
     """The process that ended, and the record if there is one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"HIT": hit} if hit else {})}
-    done = subprocess.run([*(TORCHRUN if processes == 2 else []), sys.executable, "-c", SCRIPT, *flags, "--precision",
-                           "fp32", "--device", "cpu", "--data-root", str(root), "--out", str(out)],
+    done = subprocess.run([*(TORCHRUN if processes == 2 else []), sys.executable, "-c", SCRIPT,
+                           *flags, "--precision", "fp32", "--device", "cpu",
+                           "--data-root", str(root), "--out", str(out)],
                           capture_output=True, text=True, env=environment, timeout=300)
     record = out / "seed0.json"
     return done, json.loads(record.read_text()) if record.exists() else None
@@ -57,7 +59,8 @@ def assert_close(found, expected):
         for name in expected:
             assert_close(found[name], expected[name])
     else:
-        np.testing.assert_allclose(np.array(found, float), np.array(expected, float), atol=1e-6)  # a null is NaN
+        found, expected = (np.array(values, float) for values in (found, expected))  # a null is NaN
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def assert_same_run(one, two):
@@ -81,8 +84,9 @@ def test_two_processes_train_what_one_does(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_same_run(one, two)
     assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
-    assert done.stdout.count("epoch 2/2") == 1 and done.stdout.count("record ") == 1  # one of them speaks
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0.json", "seed0.npz", "seed0.pt"]
+    for said in ("epoch 2/2", "record "):  # one of them speaks
+        assert done.stdout.count(said) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"seed0.json", "seed0.npz", "seed0.pt"}
     done, again = run(tmp_path, root, SEG, processes=2)  # complete: nothing is trained
     assert done.returncode == 0 and again == two and "epoch" not in done.stdout
 
@@ -94,7 +98,7 @@ def test_two_processes_classify_as_one_does(fashion_root, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [(2, 1), (1, 2)])
-def test_a_run_stopped_within_an_epoch_goes_on_with_another_number_of_processes(whole, tmp_path, processes):
+def test_a_run_stopped_within_an_epoch_goes_on_in_other_numbers(whole, tmp_path, processes):
     root, one = whole
     hit = f"{processes[0] - 1} 3 {signal.SIGTERM.value}"  # of two, the one that does not write
     done, record = run(tmp_path, root, SEG, processes[0], hit)
@@ -109,7 +113,8 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(whole, tmp_path):
     root, one = whole
     done, record = run(tmp_path, root, SEG, 2, f"1 8 {signal.SIGKILL.value}")
     assert done.returncode != 0 and record is None
-    assert "error: process 0: another process of the group has ended; run the same command to go on" in done.stderr
+    said = "error: process 0: another process of the group has ended; run the same command to go on"
+    assert said in done.stderr
     done, record = run(tmp_path, root, SEG, processes=2)
     assert done.returncode == 0
     assert_same_run(one, record)
@@ -117,4 +122,5 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(whole, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused(whole, tmp_path):
     done, record = run(tmp_path, whole[0], [*SEG[:-1], "3"], processes=2)
-    assert record is None and done.stderr.count("--batch 3: 2 processes cannot share 3 images evenly") == 2
+    assert record is None
+    assert done.stderr.count("--batch 3: 2 processes cannot share 3 images evenly") == 2

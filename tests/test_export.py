@@ -19,6 +19,7 @@ import torch
 import data
 import models
 from lab import cli, engine, forms
+from lab.deployed import Deployed, WithMaps
 from lab.forms import FORMS
 
 FILES = {name: form.file for name, form in FORMS.items()}
@@ -53,11 +54,49 @@ def test_a_classifier_too(cls):
     assert report["images"] == 10000 and report["forms"]["ONNX"]["accuracy"] == report["forms"]["eager"]["accuracy"]
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx", "model.int8-ort.onnx"])
+def test_a_classifier_says_where_it_looks(cls, name):
+    """Maps of any batch and size, which sum to the logits; in 8 bits to rounding, and near to it."""
+    model, record = engine.load_trained(cls / "seed0.pt", torch.device("cpu"), models.build)
+    about = record["about_data"]
+    eager = WithMaps(Deployed(model, about["mean"], about["std"]))
+    session = onnxruntime.InferenceSession(cls / "seed0" / name)
+    logits, maps = session.get_outputs()
+    assert (logits.name, logits.shape) == ("logits", ["batch", 10])
+    assert (maps.name, maps.shape) == ("maps", ["batch", 10, "map_height", "map_width"])
+    images = data.load_fashion(conftest.real_root("FashionMNIST")).test.images[:6]
+    for drawn in (images[:1], images, images[:4].reshape(1, 1, 56, 56), images[:2, :, :20]):
+        with torch.inference_mode():
+            exact = [value.numpy() for value in eager(drawn)]
+        logits, maps = session.run(None, {"images": drawn.numpy()})
+        assert maps.shape == exact[1].shape and maps.dtype == np.float32
+        summed = maps.sum((2, 3)) + model.classifier.bias.detach().numpy()
+        if "int8" in name:
+            assert np.abs(maps - exact[1]).mean() < 0.1 * np.abs(exact[1]).mean()
+            assert np.abs(summed - logits).mean() < 0.05 * np.abs(logits).mean()
+        else:
+            assert np.abs(maps - exact[1]).max() < 1e-4 and np.abs(summed - logits).max() < 1e-4
+
+
+def test_maps_that_differ_are_no_parity(cls, tmp_path, monkeypatch, capsys):
+    """The same logits beside maps of another scale: the gate sees it."""
+    honest = models.VGGResNet.activation_maps
+    maps = lambda self, features: honest(self, features) * (1.01 if self.norms_folded else 1)
+    monkeypatch.setattr(models.VGGResNet, "norms_folded", property(
+        lambda self: not any(isinstance(m, torch.nn.BatchNorm2d) for m in self.modules())),
+        raising=False)
+    monkeypatch.setattr(models.VGGResNet, "activation_maps", maps)
+    root = conftest.real_root("FashionMNIST")
+    assert run("--checkpoint", cls / "seed0.pt", "--data-root", root, "--out", tmp_path, "--no-aot",
+               "--no-int8") == 1
+    assert "ONNX: maps differ by up to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", [*FILES.values()])
 def test_any_batch_size_and_layout(seg, name):
     """The export saw two square images; batch 1, other sizes and channels_last must give the same as eager."""
     model, record = engine.load_trained(seg / "seed0.pt", torch.device("cpu"), models.build)
-    eager = models.Deployed(model, record["about_data"]["mean"], record["about_data"]["std"])
+    eager = Deployed(model, record["about_data"]["mean"], record["about_data"]["std"])
     form = forms.open_form(seg / "seed0" / name)
     with torch.inference_mode():
         drawn = torch.from_numpy(np.stack([data.synthetic_facade(i, 96)[0] for i in range(3)])).permute(0, 3, 1, 2)

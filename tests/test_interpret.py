@@ -103,7 +103,7 @@ def test_maps_sum_to_the_logits():
     for down in ("maxpool", "stride", "blurpool"):
         model = models.VGGResNet(width=8, down=down).eval()
         x = torch.randn(4, 1, 56, 56)
-        maps = interpret.activation_maps(model, model.features(x))
+        maps = model.activation_maps(model.features(x))
         assert maps.shape == (4, 10, 14, 14)
         assert torch.allclose(maps.sum((2, 3)) + model.classifier.bias, model(x), atol=1e-4)
 

@@ -8,6 +8,8 @@ from torch import nn
 
 import models
 from lab import forms, provenance
+from lab.deployed import fold_batchnorm
+from lab.files import BadInput
 from models import HourGlass, UNet, VGGResNet
 
 # every network of the two tables: its class, its arguments, and its parameters where no formula below gives them
@@ -322,7 +324,7 @@ def randomise(model):
 def test_folded_batchnorm_equals_batchnorm(model, shape):
     x = torch.randn(shape)
     with torch.inference_mode():
-        exact, folded = randomise(model)(x), models.fold_batchnorm(model)
+        exact, folded = randomise(model)(x), fold_batchnorm(model)
         assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
         torch.testing.assert_close(folded(x), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
         assert torch.equal(model(x), exact)  # the model itself is as it was
@@ -334,7 +336,7 @@ def test_folded_batchnorm_equals_batchnorm(model, shape):
     (VGGResNet(2, 8, "blurpool"), (4, 1, 28, 28)), (VGGResNet(1, 8, block="transformer"), (4, 1, 28, 28))])
 def test_8_bits_are_near_the_model_and_the_layers_named_stay_in_float(model, shape):
     x = torch.randn(shape)
-    folded = models.fold_batchnorm(randomise(model))
+    folded = fold_batchnorm(randomise(model))
     weights = lambda model: [module.weight.tolist() for module in model.modules() if type(module) is nn.Conv2d]
     with torch.inference_mode():
         for in_float, kept in ([], []), (forms.convolutions(folded)[:1], weights(folded)[:1]):
@@ -369,3 +371,17 @@ def test_a_batch_of_void_alone_has_no_gradient(name):
     loss = LOSSES[name](logits, torch.full((2, 4, 4), models.VOID, dtype=torch.uint8))
     loss.backward()
     assert loss.item() in (0, 1) and (logits.grad == 0).all()
+
+
+def test_a_network_takes_its_own_switches_alone(monkeypatch):
+    """A family is added by its class and its name: flags of others are refused without more."""
+    class Linear(torch.nn.Linear):
+        def __init__(self, channels: int, classes: int):
+            super().__init__(channels, classes)
+
+    monkeypatch.setitem(models.FAMILIES, "linear", Linear)
+    defaults = {"arch": "vgg-resnet", "depth": 2, "lr": 0.1}
+    assert isinstance(models.build({"arch": "linear", "depth": 2}, 1, 10), Linear)
+    models.refuse_settings_of_others({"arch": "linear", "depth": 2, "lr": 0.5}, defaults)
+    with pytest.raises(BadInput, match="--depth switches another network; --arch linear takes no switch"):
+        models.refuse_settings_of_others({"arch": "linear", "depth": 3, "lr": 0.1}, defaults)

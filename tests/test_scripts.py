@@ -1,4 +1,4 @@
-"""The command lines as a user types them: every documented flag runs. Wrong ones are in test_bad_input.py."""
+"""The command lines as a user types them: every documented flag runs. For wrong ones: test_bad_input.py."""
 
 import os
 import subprocess

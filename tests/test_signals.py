@@ -1,13 +1,13 @@
 """A tool that is told to stop says so in one line, and how to go on only where there is a way.
 
-Runs that are stopped while they train are in test_engine.py.
+Runs that are stopped while they train are in test_resume.py.
 """
 
 import os
 import signal
 
 import pytest
-from test_engine import one_error, run_seg
+from conftest import one_error, run_seg
 
 from lab import cli, engine
 

@@ -321,3 +321,5 @@ def test_a_metric_of_which_runs_keep_no_values_has_an_interval_over_seeds_alone(
     rows = study.load_records(tmp_path / "small/table2", "small")
     for metric, sources in (("map", 2), ("miou", 1)):
         assert len(study.estimate(rows, "ce", "standard", "test", metric).error) == sources
+    del rows["ce"][0]["metrics"]["test"]["miou"]  # a run from before the metric was added
+    assert len(study.estimate(rows, "ce", "standard", "test", "miou").values) == 2
