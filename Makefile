@@ -176,6 +176,12 @@ endif
 SET := $(PROTOCOL)
 OWN := table1 table2
 ifneq ($(DATA),)
+ifeq ($(shell test -d "$(DATA)" && echo yes),)
+$(error DATA=$(DATA) is no folder: see docs/own-data.md)
+endif
+ifneq ($(filter interpret rows/attention gpu,$(MAKECMDGOALS)),)
+$(error $(MAKECMDGOALS) DATA=$(DATA): surrogates and GPU checks are of the study's own sets; with DATA there are table1, table2, claims, figures and export)
+endif
 NAME := $(shell basename "$$(realpath "$(DATA)")" | tr -c 'A-Za-z0-9._\n-' '-')
 SET := $(PROTOCOL)-$(NAME)
 OWN := $(shell if [ -e "$(DATA)/classes.txt" ]; then echo table2; else echo table1; fi)

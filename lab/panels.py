@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from lab.batches import VOID, Dataset
-from lab.figures import BLUE, RED, Figure, across_seeds, subplots
+from lab.figures import BLUE, RED, Figure, across_seeds, literal, subplots
 
 WRONG = np.array((204, 121, 167), dtype=np.uint8)  # Okabe and Ito's purple
 COLUMNS = 20  # classes side by side: more are too small to see
@@ -19,7 +19,7 @@ PANEL = 512  # pixels that an image keeps under a map: a panel is half as wide, 
 # ---- predictions of one run ----
 
 def title_of(dataset: Dataset, score: str) -> str:
-    return f"{dataset.name}, {len(dataset.test)} {dataset.held_out} images: {score}"
+    return f"{literal(dataset.name)}, {len(dataset.test)} {dataset.held_out} images: {score}"
 
 
 def draw_segmentation(dataset: Dataset, logits: Tensor, each: list[float], score: str) -> Figure:
@@ -51,7 +51,7 @@ def draw_segmentation(dataset: Dataset, logits: Tensor, each: list[float], score
     keys = dict(zip(names, palette))
     if (split.targets == VOID).any():
         keys["void"] = palette[VOID]
-    figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=name)
+    figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=literal(name))
                            for name, colour in keys.items()],
                   loc="outside lower center", ncols=min(len(names), 7), frameon=False)
     figure.suptitle(title_of(dataset, score))
@@ -63,7 +63,7 @@ def draw_classification(dataset: Dataset, logits: Tensor, score: str) -> Figure:
 
     logits (N, classes) of the held-out split; of many classes the first are drawn.
     """
-    names = dataset.classes
+    names = [*map(literal, dataset.classes)]
     columns = min(len(names), COLUMNS)
     probability, prediction = (t.cpu() for t in logits.softmax(1).max(1))
     right = prediction == dataset.test.targets
@@ -105,7 +105,7 @@ def draw_overlays(images: list[np.ndarray], maps: list[np.ndarray], names: list[
             ax.imshow(small, extent=extent)
             ax.set(xticks=[], yticks=[])
         line[0].set_title(name, fontsize=9, parse_math=False)  # a file's name is no formula
-        for ax, layer, label in zip(line[1:], layers, labels):
+        for ax, layer, label in zip(line[1:], layers, map(literal, labels)):
             drawn = ax.imshow(layer, extent=extent, alpha=0.65, **colours)
             ax.set_title(label, fontsize=9)
         figure.colorbar(drawn, ax=line, shrink=0.8,

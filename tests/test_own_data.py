@@ -1,4 +1,4 @@
-"""docs/own-data.md as it is written: every command of the worked example, and what it must leave."""
+"""docs/own-data.md as it is written: every command of the worked example, and what it leaves."""
 
 import json
 import os
