@@ -215,17 +215,17 @@ def quality(cfg: Config, names: list[str], device: torch.device) -> dict[str, di
     """Each row compared with the model: the export's word, or measured here where it has none."""
     known = parity_of(cfg)["forms"]
     model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
-    dataset = data.load_recorded(record, cfg.data_root, cfg.data).to(device)
-    split, batch = dataset.test, record["config"]["batch"]
-    exact = engine.predict(model, dataset, split, batch, torch.float32)
+    dataset = data.load_recorded(record, cfg.data_root, cfg.data)
+    there, batch = dataset.to(device), record["config"]["batch"]
+    exact = engine.predict(model, there, there.test, batch, torch.float32).cpu()
     found = {}
     for name in names:
         how, form, _ = BACKENDS[name]
         if how in ("file", "runner"):
             found[name] = known[form]
         else:
-            logits = forms.logits_of(open_backend(cfg, name, device), split.images, batch)
-            found[name] = export.compare(logits, exact.cpu(), split.targets.cpu(), dataset.classes)
+            logits = forms.logits_of(open_backend(cfg, name, device), there.test.images, batch)
+            found[name] = export.compare(logits, exact, dataset)
     return found
 
 
