@@ -353,10 +353,11 @@ def draw(folder: Path, protocol: str) -> None:
     if rows := load_records(folder / "equivariance", protocol):
         pictures["equivariance.png"] = panels.draw_equivariance(rows)
     if all(len(next(iter(rows.values()), {})) > 1 for rows in tables.values()):
-        pictures["../power.png"] = figures.draw_power(
+        power = figures.draw_power(
             median_errors(tables), max(map(len, REPORT.values())), len(CLAIMS),
             f"protocol {protocol}, median row",
             [record for rows in tables.values() for record in records.each_of(rows)])
+        figures.save(power, folder.parent / "power.png")
     for name, figure in pictures.items():
         figures.save(figure, folder / name)
 
