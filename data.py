@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from lab import folders, idx, synthetic
+from lab import cli, folders, idx, synthetic
 from lab.batches import Dataset, Split, describe
 from lab.fetch import (Files, Limits, debian_package, download, fetch, from_archive, npm_package,
                        read_tar, unpack)
@@ -367,8 +367,8 @@ def load_recorded(record: dict, root: str | None, folder: str | None = None) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, allow_abbrev=False,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root",
                         help="folder of the data sets (default: $DATA_ROOT, else ./data)")
     parser.add_argument("--facades-url", metavar="URL", help="where to fetch the facade set "
@@ -386,8 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.guard(main))

@@ -57,6 +57,7 @@ import models
 from lab import batches, cli, devices, engine, forms, records
 from lab.batches import Dataset
 from lab.cli import flag
+from lab.deployed import Deployed, WithMaps, fold_batchnorm
 from lab.files import BadInput
 from lab.forms import FORMS, ParityError
 from lab.provenance import environment
@@ -110,7 +111,7 @@ class Maker:
     `deployed` on the CPU, its BatchNorm folded; images uint8 (N, C, H, W) of the training split,
     for calibration; `paths` a file for each form. The 8-bit ONNX forms are made of others' files.
     """
-    deployed: models.Deployed
+    deployed: Deployed
     images: Tensor
     about: dict[str, str]
     paths: dict[str, Path]
@@ -119,7 +120,7 @@ class Maker:
     def graph(self, device: str | torch.device, maps: bool = False) -> torch.export.ExportedProgram:
         deployed = copy.deepcopy(self.deployed).to(device)
         example = self.images[:1].repeat(2, 1, 1, 1).to(device)
-        return forms.capture(models.WithMaps(deployed) if maps else deployed, example,
+        return forms.capture(WithMaps(deployed) if maps else deployed, example,
                              deployed.model.stride)
 
     def write(self, name: str, keep: list[str]) -> None:
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out or Path(cfg.checkpoint).with_suffix(""))
     out.mkdir(parents=True, exist_ok=True)
     chosen = torch.linspace(0, len(dataset.train) - 1, min(cfg.calibration, len(dataset.train)))
-    deployed = models.Deployed(models.fold_batchnorm(model), dataset.mean, dataset.std)
+    deployed = Deployed(fold_batchnorm(model), dataset.mean, dataset.std)
     about = describe(model, record)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         paths = {name: Path(folder, form.file) for name, form in FORMS.items()}

@@ -139,16 +139,16 @@ class Surrogate:
         return logits.argmax(1)
 
 
-def measure_attention(bench: Surrogate) -> tuple[dict, dict[str, Tensor]]:
+def measure_attention(surrogate: Surrogate) -> tuple[dict, dict[str, Tensor]]:
     """Accuracy and attention on untied and tied grids, per grid.
 
     And how many of other classes are taken for the tied one, with and without the tied digit.
     """
     arrays, scores = {}, {}
-    targets = bench.dataset.test.targets
+    targets = surrogate.dataset.test.targets
     for suffix, tie in (("", 0.0), ("_tied", 1.0)):
-        grids = bench.grids(tie=tie)
-        logits, maps = bench.predict_with_maps(grids)
+        grids = surrogate.grids(tie=tie)
+        logits, maps = surrogate.predict_with_maps(grids)
         prediction = logits.argmax(1)
         true_maps = maps[torch.arange(len(targets)), targets.long()]
         mass, pointing = equivariance.attention_in_cell(true_maps, grids.cells)
@@ -164,16 +164,16 @@ def measure_attention(bench: Surrogate) -> tuple[dict, dict[str, Tensor]]:
     return scores, arrays
 
 
-def measure_places(bench: Surrogate) -> dict[str, Tensor]:
+def measure_places(surrogate: Surrogate) -> dict[str, Tensor]:
     """Per grid: is it predicted right with the garment in each cell, and less that in the first."""
-    targets = bench.dataset.test.targets
-    in_cell = [(bench.predict(bench.grids(cell=cell).split) == targets).double()
+    targets = surrogate.dataset.test.targets
+    in_cell = [(surrogate.predict(surrogate.grids(cell=cell).split) == targets).double()
                for cell in range(4)]
     return {**{f"accuracy_cell{cell}": right for cell, right in enumerate(in_cell)},
             **{f"cell{cell}_minus_cell0": in_cell[cell] - in_cell[0] for cell in (1, 2, 3)}}
 
 
-def sweep_shifts(bench: Surrogate, count: int) -> dict[str, Tensor]:
+def sweep_shifts(surrogate: Surrogate, count: int) -> dict[str, Tensor]:
     """Every shift by 0 to 28 pixels down and right of grids whose garment lies top left.
 
     It stays whole. The digits roll around the borders, which cut them; without them a surrogate
@@ -182,10 +182,10 @@ def sweep_shifts(bench: Surrogate, count: int) -> dict[str, Tensor]:
     `shifted_minus_whole`, its share of right predictions over all shifts less that over the four
     moves by whole cells.
     """
-    start = bench.grids(count, cell=0).split
+    start = surrogate.grids(count, cell=0).split
     side = start.images.shape[-1] // 2 + 1
     shifts = list(itertools.product(range(side), repeat=2))
-    predictions = torch.stack([bench.predict(bench.grids(count, cell=0, shift=shift).split)
+    predictions = torch.stack([surrogate.predict(surrogate.grids(count, cell=0, shift=shift).split)
                                for shift in progress(shifts, "sweep", unit="shifts")])
     predictions = predictions.view(side, side, -1)
     right = (predictions == start.targets).double()
@@ -195,24 +195,24 @@ def sweep_shifts(bench: Surrogate, count: int) -> dict[str, Tensor]:
             "shifted_minus_whole": right.mean((0, 1)) - whole.mean((0, 1))}
 
 
-def measure_surrogate(bench: Surrogate, config: dict, sweep_images: int) -> tuple[dict, dict]:
+def measure_surrogate(surrogate: Surrogate, config: dict, sweep_images: int) -> tuple[dict, dict]:
     """What the record of a surrogate says, and its arrays: see the functions above."""
-    scores, arrays = measure_attention(bench)
+    scores, arrays = measure_attention(surrogate)
     if config["tie"] == 0:  # places have nothing to do with the tie
-        arrays |= measure_places(bench)
+        arrays |= measure_places(surrogate)
         if config["frozen"]:  # the surrogate that the report says this of; the sweep takes long
-            arrays |= sweep_shifts(bench, sweep_images)
+            arrays |= sweep_shifts(surrogate, sweep_images)
     scores |= {name: values.double().mean().item() for name, values in arrays.items()
                if name not in ("prediction", "target") and not name.startswith("sweep_")}
     half = lambda array: array.float() if array.dtype == torch.float64 else array
     return scores, {name: half(values).cpu().numpy() for name, values in arrays.items()}
 
 
-def measure_equivariance(bench: Surrogate, images: int) -> dict[str, list[list[float]]]:
+def measure_equivariance(surrogate: Surrogate, images: int) -> dict[str, list[list[float]]]:
     """{padding: mean relative error of the features by shift down and right}, of untied grids."""
-    grids = bench.dataset.normalise(bench.grids(images).split.images)
-    circular = equivariance.with_circular_padding(bench.model)
-    return {"zeros": equivariance.equivariance_error(bench.model, grids),
+    grids = surrogate.dataset.normalise(surrogate.grids(images).split.images)
+    circular = equivariance.with_circular_padding(surrogate.model)
+    return {"zeros": equivariance.equivariance_error(surrogate.model, grids),
             "circular": equivariance.equivariance_error(circular, grids)}
 
 
@@ -231,19 +231,19 @@ def measure(cfg: Measure) -> None:
         print(f"record {path} is there already")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    bench = Surrogate(model, trained, data.find_root(cfg.data_root), device, cfg.images)
+    surrogate = Surrogate(model, trained, data.find_root(cfg.data_root), device, cfg.images)
     arrays, more = {}, {}
     if config.get("composites"):
-        scores, arrays = measure_surrogate(bench, config, cfg.sweep_images)
+        scores, arrays = measure_surrogate(surrogate, config, cfg.sweep_images)
     else:
-        more["error"] = measure_equivariance(bench, cfg.sweep_images)
+        more["error"] = measure_equivariance(surrogate, cfg.sweep_images)
         scores = {f"equivariance_error_{padding}": float(np.mean(error))
                   for padding, error in more["error"].items()}
     made_of = f"{data.IDX_DIGESTS} {config['split']} {cfg.images}"
     record = {"script": "interpret.py",
               "config": {**config, "images": cfg.images, "sweep_images": cfg.sweep_images},
               "data": hashlib.sha256(made_of.encode()).hexdigest(),
-              "environment": environment(device, bench.dtype), "trained": trained,
+              "environment": environment(device, surrogate.dtype), "trained": trained,
               "metrics": {"test": scores}, **more}
     records.write(path, record, arrays)
     print("  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
@@ -265,9 +265,9 @@ def draw_attention(cfg: Attention) -> None:
                            f"--composites")
     found = {}
     for name, (model, record) in runs.items():
-        bench = Surrogate(model, record, root, device, 2000)
-        grids = bench.grids()
-        found[name] = [t.cpu() for t in bench.predict_with_maps(grids)]
+        surrogate = Surrogate(model, record, root, device, 2000)
+        grids = surrogate.grids()
+        found[name] = [t.cpu() for t in surrogate.predict_with_maps(grids)]
     targets = grids.split.targets.cpu()
     right = {name: logits.argmax(1) == targets for name, (logits, _) in found.items()}
     samples = []
@@ -280,7 +280,7 @@ def draw_attention(cfg: Attention) -> None:
                             "maps": {name: maps[i].numpy() for name, (_, maps) in found.items()}})
     ties = {name: record["config"]["tie"] for name, (_, record) in runs.items()}
     figures.save(panels.draw_attention(
-        samples, bench.dataset.classes,
+        samples, surrogate.dataset.classes,
         f"Class activation maps of the first held-out grid of each kind, untied (trained with tie "
         f"{ties['frozen']} and {ties['scratch']})"), Path(cfg.figure))
 

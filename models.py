@@ -8,7 +8,6 @@ Every switch of the two tables is a constructor argument. `forward(x)` is `head(
 three, so class activation maps need no hooks. All forms script and export.
 """
 
-import copy
 import inspect
 
 import torch
@@ -322,58 +321,7 @@ def build(config: dict, channels: int, classes: int) -> nn.Module:
     return family(**{**settings_of(config), "channels": channels, "classes": classes})
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose BatchNorms are part of the convolutions before them.
-
-    It gives the same logits to 1e-5.
-    """
-    model = copy.deepcopy(model).eval()
-    for layers in model.modules():
-        if isinstance(layers, nn.Sequential) and isinstance(
-                layers[-1], (nn.BatchNorm2d, nn.Identity)):
-            if isinstance(layers[-1], nn.BatchNorm2d):
-                layers[0] = nn.utils.fuse_conv_bn_eval(layers[0], layers[1])
-            del layers[-1]
-    return model
-
-
-class Deployed(nn.Module):
-    """A trained model behind its normalisation: uint8 (N, C, H, W) -> float32 logits.
-
-    It is in evaluation mode. mean and std are of images in [0, 1], one value a channel.
-    """
-
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.model = model
-        mean, std = torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
-        self.register_buffer("scale", 1 / (255 * std))
-        self.register_buffer("shift", -mean / std)
-        self.eval().requires_grad_(False)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        images = images.float() * self.scale + self.shift
-        return images.contiguous(memory_format=torch.channels_last)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(self.normalise(images))
-
-
-class WithMaps(nn.Module):
-    """A deployed classifier that says where it looks: uint8 (N, C, H, W) -> logits and maps.
-
-    float32 (N, classes) and (N, classes, h, w), see `VGGResNet.activation_maps`.
-    """
-
-    def __init__(self, deployed: Deployed):
-        super().__init__()
-        self.deployed = deployed
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.deployed.model
-        features = model.features(self.deployed.normalise(images))
-        return model.head(features), model.activation_maps(features)
-
+# ---- losses ----
 
 def pixels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """One row a pixel (or image): logits (N, C, ...) -> float32 (M, C), target -> int64 (M,).
@@ -412,7 +360,7 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 # {name: loss(logits, target, weight (C,) of each class)}
-LOSSES = {"wce": cross_entropy,
+LOSSES = {"wce": lambda logits, target, weight: cross_entropy(logits, target, weight),
           "ce": lambda logits, target, weight: cross_entropy(logits, target),
           "dice": lambda logits, target, weight: dice_loss(logits, target)}
 

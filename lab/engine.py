@@ -31,11 +31,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lab import batches, records
 from lab.batches import Dataset, Split
-from lab.cli import STOPPING, Stopped, defaults, flag, handling, local
+from lab.cli import defaults, flag, local
 from lab.devices import keep_freed_memory, pick_dtype
 from lab.distributed import Replica, any_signal, from_first, leave_group, own_device
 from lab.distributed import rank, ranks, share
 from lab.files import BadInput, jsonable, read_checkpoint
+from lab.guard import STOPPING, Stopped, handling
 from lab.progress import Progress, progress
 from lab.provenance import environment, multiply_adds, weights_digest
 from lab.runfiles import RunFiles
@@ -52,7 +53,7 @@ class Settings:
     seed: int = flag(0, "initial weights, order and augmentation")
     epochs: int = flag(1, "passes over the training split")
     batch: int = flag(1, "images a step")
-    lr: float = flag(1e-3, "peak learning rate of Adam")
+    lr: float = flag(1e-3, "peak learning rate of Adam")  # Adam's own default
     weight_decay: float = flag(1e-4, "L2 penalty of Adam")
     warmup: float = flag(0.0, "share of the steps that climb linearly to --lr; the rest falls to 0 "
                               "as a cosine")

@@ -16,7 +16,6 @@ machine slows both; the median of the rounds' ratios counts.
 
 import contextlib
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
@@ -36,7 +35,7 @@ import metrics
 import models
 import train_cls
 import train_seg
-from lab import batches, devices, engine, files, provenance
+from lab import batches, devices, engine, provenance, records
 from lab.progress import progress
 
 BATCH, SIZE, STEPS, ROUNDS = 8, 256, 2, 4  # the study's size; the batch that a CPU takes
@@ -237,7 +236,7 @@ def main() -> None:
     record = Path("results/bench/speed.json")
     record.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment, "results": results, "profiles": profiles}
-    files.write_atomic(record, (json.dumps(content, indent=1) + "\n").encode())
+    records.write(record, content)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from torch import Tensor
 import data
 import export
 import models
-from lab import cli, devices, engine, figures, files, forms, provenance
+from lab import cli, devices, engine, figures, files, forms, provenance, records
 from lab.cli import flag
+from lab.deployed import Deployed
 from lab.files import BadInput
 
 BASE = "eager"
@@ -100,7 +101,7 @@ def open_backend(cfg: Config, name: str, device: torch.device) -> Callable[[Tens
         return lambda images: torch.from_numpy(request.infer({0: images.contiguous().numpy()})[0])
     model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     about = record["about_data"]
-    deployed = models.Deployed(model, about["mean"], about["std"]).to(device)
+    deployed = Deployed(model, about["mean"], about["std"]).to(device)
     if name == BASE:
         model.to(memory_format=torch.contiguous_format)
         return lambda images: model(deployed.normalise(images).contiguous())
@@ -214,17 +215,17 @@ def quality(cfg: Config, names: list[str], device: torch.device) -> dict[str, di
     """Each row compared with the model: the export's word, or measured here where it has none."""
     known = parity_of(cfg)["forms"]
     model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
-    dataset = data.load_recorded(record, cfg.data_root, cfg.data).to(device)
-    split, batch = dataset.test, record["config"]["batch"]
-    exact = engine.predict(model, dataset, split, batch, torch.float32)
+    dataset = data.load_recorded(record, cfg.data_root, cfg.data)
+    there, batch = dataset.to(device), record["config"]["batch"]
+    exact = engine.predict(model, there, there.test, batch, torch.float32).cpu()
     found = {}
     for name in names:
         how, form, _ = BACKENDS[name]
         if how in ("file", "runner"):
             found[name] = known[form]
         else:
-            logits = forms.logits_of(open_backend(cfg, name, device), split.images, batch)
-            found[name] = export.compare(logits, exact.cpu(), split.targets.cpu(), dataset.classes)
+            logits = forms.logits_of(open_backend(cfg, name, device), there.test.images, batch)
+            found[name] = export.compare(logits, exact, dataset)
     return found
 
 
@@ -336,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
               "results": summarise(rounds, names, found)}
     path = Path(cfg.record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, (json.dumps(files.jsonable(record), indent=1) + "\n").encode())
+    records.write(path, record)
     draw(record, path.with_suffix(".png"))
     files.write_atomic(path.with_suffix(".md"), render(record).encode())
     print(render(record))

@@ -8,7 +8,7 @@
 A refactoring may change none of them: exit code 1 where one differs, and a line that names it. Two
 precisions, three seeds, one thread, a minute or two; twice that for two revisions. The digests are
 of one machine: another CPU or another torch rounds otherwise. What the later runs alone report (a
-metric that was added) is no difference. `--only "bf16 seed1"` takes the runs with this in their names.
+metric that was added) is no difference. `--only "bf16 seed1"` takes the runs whose names hold this.
 Fashion-MNIST and MNIST are those of $DATA_ROOT; the facades are drawn, the same for both revisions.
 """
 

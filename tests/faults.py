@@ -30,7 +30,7 @@ from conftest import small_root
 import data
 import train_cls
 import train_seg
-from lab import cli, files, provenance
+from lab import cli, files, provenance, records
 from lab.progress import progress
 
 SCRIPTS = {"train_cls": train_cls, "train_seg": train_seg}
@@ -121,7 +121,7 @@ def main() -> None:
               "environment": provenance.environment(torch.device("cpu"), torch.float32)}
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+    records.write(path, record)
     print(f"{args.rounds} rounds, {sum(found['kills'].values())} kills ({found['kills']}), "
           f"{found['mismatches']} mismatches; {platform.platform()}; record {path}")
     sys.exit(found["mismatches"] > 0)

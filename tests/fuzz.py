@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of the IDX and the archive reader, by the checks of test_fuzz.py.
+"""Coverage-guided fuzzing of the IDX and the archive reader, by the checks of test_fuzz*.py.
 
     PYTHONPATH=. python tests/fuzz.py idx --seconds 60      or archive
 
@@ -23,14 +23,15 @@ with atheris.instrument_imports(include=["data", "lab.fetch", "tarfile", "gzip"]
 
 import numpy as np
 import test_fuzz as checks
+import test_fuzz_archives as archives
 
 SHAPES = (2, 3, 4), 2, (1, 3, 4), 1
 ARRAYS = {name: np.ones(shape, np.uint8) for name, shape in zip(data.IDX_FILES, SHAPES)}
 SAMPLE = {name: checks.idx(array) for name, array in ARRAYS.items()}
-ODD = checks.tar([{"name": "mini_facade/" + "é" * 99, "kind": checks.LINK, "link": "."},
+ODD = archives.tar([{"name": "mini_facade/" + "é" * 99, "kind": archives.LINK, "link": "."},
                   {"name": "z", "kind": b"x", "body": b"11 size=99\n"},
                   {"name": "z", "size": 1 << 40}])
-GOOD = checks.tar(checks.members(checks.FILES))
+GOOD = archives.tar(archives.members(archives.FILES))
 
 
 def read(found: dict[str, bytes], pinned: dict[str, bytes]) -> object:
@@ -58,7 +59,7 @@ def fuzz_archive(content: bytes) -> None:
         if blocks[at + 257:at + 262] == b"ustar":
             summed = sum(blocks[at:at + 148] + blocks[at + 156:at + 512]) + 256
             blocks[at + 148:at + 156] = b"%06o\0 " % summed
-    checks.check_archive(bytes(blocks))
+    archives.check_archive(bytes(blocks))
 
 
 TARGETS = {"idx": (fuzz_idx, [b"--".join(SAMPLE.values())]),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import cut, flip_a_bit, make_tiny_root, refused, trained
 
-import data
+import train_cls
+import train_seg
 
 # ---- flags ----
 
@@ -64,7 +65,9 @@ FLAGS = {
 @pytest.mark.parametrize("line", FLAGS)
 def test_flags(tmp_path, monkeypatch, capsys, line):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "load_fashion", lambda *a, **k: pytest.fail("read data first"))
+    for script, name in ((train_cls, "load_fashion"), (train_cls, "load_composites"),
+                         (train_seg, "load_facades")):
+        monkeypatch.setattr(script, name, lambda *_: pytest.fail("read data before refusing"))
     assert FLAGS[line] in refused(capsys, *line.split())
     assert not os.listdir(tmp_path)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import models
 from lab import forms, provenance
+from lab.deployed import fold_batchnorm
 from lab.files import BadInput
 from models import HourGlass, UNet, VGGResNet
 
@@ -323,7 +324,7 @@ def randomise(model):
 def test_folded_batchnorm_equals_batchnorm(model, shape):
     x = torch.randn(shape)
     with torch.inference_mode():
-        exact, folded = randomise(model)(x), models.fold_batchnorm(model)
+        exact, folded = randomise(model)(x), fold_batchnorm(model)
         assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
         torch.testing.assert_close(folded(x), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
         assert torch.equal(model(x), exact)  # the model itself is as it was
@@ -335,7 +336,7 @@ def test_folded_batchnorm_equals_batchnorm(model, shape):
     (VGGResNet(2, 8, "blurpool"), (4, 1, 28, 28)), (VGGResNet(1, 8, block="transformer"), (4, 1, 28, 28))])
 def test_8_bits_are_near_the_model_and_the_layers_named_stay_in_float(model, shape):
     x = torch.randn(shape)
-    folded = models.fold_batchnorm(randomise(model))
+    folded = fold_batchnorm(randomise(model))
     weights = lambda model: [module.weight.tolist() for module in model.modules() if type(module) is nn.Conv2d]
     with torch.inference_mode():
         for in_float, kept in ([], []), (forms.convolutions(folded)[:1], weights(folded)[:1]):

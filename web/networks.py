@@ -30,6 +30,7 @@ import models
 from lab import cli, engine, forms, records
 from lab.batches import Dataset
 from lab.cli import flag
+from lab.deployed import Deployed, WithMaps, fold_batchnorm
 from lab.files import BadInput, write_atomic
 
 DOWNS, TIES = ("maxpool", "stride", "blurpool"), ("0", "0.9")
@@ -115,9 +116,9 @@ def write(parts: list[tuple[nn.Module, dict]], example: Tensor, path: Path) -> n
     network = stacked([model for model, _ in parts])
     record = parts[0][1]
     about = export.describe(network, record)
-    deployed = models.Deployed(models.fold_batchnorm(network), record["about_data"]["mean"],
-                               record["about_data"]["std"])
-    module = models.WithMaps(deployed) if hasattr(network, "activation_maps") else deployed
+    deployed = Deployed(fold_batchnorm(network), record["about_data"]["mean"],
+                        record["about_data"]["std"])
+    module = WithMaps(deployed) if hasattr(network, "activation_maps") else deployed
     forms.write_onnx(forms.capture(module, example, network.stride), about, path)
     buffer = io.BytesIO()
     onnx.save(stored_weights(onnx.load(path)), buffer)
@@ -170,14 +171,14 @@ def make(cfg: Config, source: Source, earlier: dict | None) -> dict:
 
     The held-out grids are the same whatever the tie.
     """
-    root, path = data.find_root(cfg.data_root), Path(cfg.out, source.file)
+    path = Path(cfg.out, source.file)
     parts = [engine.load_trained(Path(cfg.runs, run, "seed0.pt"), torch.device("cpu"),
                                  models.build) for run in source.runs]
     files = [committed(cfg, run, record) for run, (_, record) in zip(source.runs, parts)]
     if earlier and path.exists() and earlier["sha256"] == sha256(path) and (
             [one["record_sha256"] for one in earlier["networks"]] == [*map(sha256, files)]):
         return earlier
-    dataset = data.load_recorded(parts[0][1], root)
+    dataset = data.load_recorded(parts[0][1], cfg.data_root)
     deployed = write(parts, dataset.train.images[:2].contiguous(), path)
     metric = export.SCORES[dataset.task][1][0]
     costs = judged(path, deployed, dataset, [record["metrics"][dataset.held_out][metric]
