@@ -90,6 +90,7 @@ endif
 # the rows that are exported, and the one that is timed at the study's full image size
 EXPORTED := table2/standard table1/maxpool-2-32
 
+.PHONY: page page-networks test-page
 .PHONY: help env data demo test faults fuzz bench gpu table1 table2 claims figures interpret export bench-inference
 .DELETE_ON_ERROR:
 help:
@@ -105,6 +106,8 @@ help:
 	@echo "make data           fetch and check the data sets"
 	@echo "make table1 table2  the study: all rows, all seeds (PROTOCOL= SEEDS= DEVICE= RUN= PY=, see the Makefile)"
 	@echo "make table1 table2 DATA=FOLDER   the same on images of your own (FLAGS=, see docs/own-data.md)"
+	@echo "make page           the networks and the tables in a browser: a static site in build/page/ (needs npm)"
+	@echo "make test-page      the same in headless chromium, against ONNX Runtime and predict.py"
 	@echo "make claims figures the verdicts on the report's claims, and all figures, from what was run"
 	@echo "make interpret      where the models look and what a shift does to them"
 
@@ -309,3 +312,25 @@ cpp/runner: TORCH = $(shell $(PY) -c "import torch; print(torch.__path__[0])")
 cpp/runner: cpp/runner.cpp cpp/images.h | $(ENV)
 	$(CXX) -std=c++20 -O2 $< -o $@ -isystem "$(TORCH)/include" -isystem "$(TORCH)/include/torch/csrc/api/include" \
 	  -L"$(TORCH)/lib" -Wl,-rpath,"$(TORCH)/lib",--disable-new-dtags,--as-needed -ltorch_cpu -lc10 -lpng -ljpeg
+
+# ---- the page: networks and tables in a browser ----
+
+page: | $(ENV)
+	PYTHONPATH=. $(PY) web/build.py
+
+# what it cannot find (chromium, playwright) it skips, and says so
+test-page: page
+	PAGE=build/page $(PY) -m pytest -q tests/test_page.py tests/test_page_browser.py
+
+# the page's surrogates: each way to halve the image, frozen and from scratch, with and without the tie
+page/frozen := --frozen --epochs 1 --lr 1e-2
+PAGE_RUNS := $(foreach tie,0 0.9,$(foreach down,maxpool stride blurpool,$(down)-frozen-tie$(tie)) maxpool-scratch-tie$(tie))
+define page_rule
+runs/$(PROTOCOL)/page/$(1)-$(2)-tie$(3)/seed0.json: | $(ENV) $(if $(filter frozen,$(2)),runs/$(PROTOCOL)/table1/$(1)-2-32/seed0.json)
+	$(RUN) $(PY) train_cls.py --protocol $(PROTOCOL) --seed 0 --device $(DEVICE) --composites $(composites/$(PROTOCOL)) --down $(1) --tie $(3) $(page/$(2)) $(if $(filter frozen,$(2)),--base runs/$(PROTOCOL)/table1/$(1)-2-32/seed0.pt) --out $$(@D)
+endef
+$(foreach down,maxpool stride blurpool,$(foreach kind,frozen scratch,$(foreach tie,0 0.9,$(eval $(call page_rule,$(down),$(kind),$(tie))))))
+
+# web/models/ anew, of what the page was committed with: PROTOCOL=desk
+page-networks: $(PAGE_RUNS:%=runs/$(PROTOCOL)/page/%/seed0.json) runs/$(PROTOCOL)/table2/standard/seed0.json
+	PYTHONPATH=. $(PY) web/networks.py --runs runs/$(PROTOCOL) --records results/$(PROTOCOL)

@@ -51,7 +51,7 @@ FACADE_DIGEST = "564badef964a560f60dcb510517bdb3ac686cff15183787c2d942a35148b485
 # The public address of the facade set, in GitHub's archive of one commit. The set is licensed
 # under CC BY-SA 4.0: crops out of the CMP Facade Database (R. Tylecek and R. Sara, Spatial Pattern
 # Templates for Recognition of Objects with Regular Structure, GCPR 2013), its 12 classes merged
-# into 5. It is fetched and never passed on.
+# into 5. It is fetched, and not passed on but for six test photos of the page (web/images/).
 FACADE_URL = ("https://github.com/XAVILLA/Facade-Segmentation-CNN/archive/"
               "f83966d9d5c50c773e088a84f9b70467f9cf7d18.tar.gz")
 FACADE_LICENCE = "CC BY-SA 4.0, cut from the CMP Facade Database"
