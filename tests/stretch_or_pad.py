@@ -82,7 +82,7 @@ def main() -> None:
         found = {how: [] for how in sets}
         for seed in range(args.seeds):
             for how, data in sets.items():
-                out = Path(folder, how, str(seed))
+                out = Path(folder, "runs", how, str(seed))
                 train_seg.main([*FLAGS, "--data", str(data), "--seed", str(seed),
                                 "--out", str(out)])
                 found[how].append(score(out / f"seed{seed}.pt", streets, how == "padded"))

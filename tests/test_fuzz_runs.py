@@ -1,4 +1,4 @@
-"""Random and mutated checkpoints, records, arrays and flags, and random logits: right, or refused in one error."""
+"""Random and mutated checkpoints, records, arrays, flags and logits: right, or one error."""
 
 import contextlib
 import dataclasses
@@ -26,8 +26,10 @@ from lab.records import load_arrays, read
 
 # ---- checkpoints and records ----
 
-RECORD = {"config": {"seed": 0, "protocol": "smoke", "lr": 0.001}, "data": "0" * 8, "metrics": {"test": {"map": 0.5}}}
-STATE = {"identity": {"config": RECORD["config"], "data": "0" * 8}, "epoch": 2, "curve": [0.5, 0.25], "record": RECORD,
+RECORD = {"config": {"seed": 0, "protocol": "smoke", "lr": 0.001}, "data": "0" * 8,
+          "metrics": {"test": {"map": 0.5}}}
+STATE = {"identity": {"config": RECORD["config"], "data": "0" * 8}, "epoch": 2,
+         "curve": [0.5, 0.25], "record": RECORD,
          "model": {"w": torch.arange(600.0).view(3, 200), "n": torch.tensor(7)}}
 
 
@@ -46,7 +48,8 @@ def plain(value):
 
 @bounded
 @given(mutated(saved_state()))
-@example(changed(saved_state(), saved_state().rindex(b"archive/data/0") - 8, 16))  # this file is a folder
+# this file is a folder
+@example(changed(saved_state(), saved_state().rindex(b"archive/data/0") - 8, 16))
 def test_a_damaged_checkpoint_is_read_exactly_or_refused(content):
     with scratch() as folder:
         path = Path(folder, "seed0.pt")
@@ -57,15 +60,17 @@ def test_a_damaged_checkpoint_is_read_exactly_or_refused(content):
 
 
 words = st.text(max_size=4)
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | words,
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
-                      max_leaves=8)
-records = st.fixed_dictionaries({}, optional={key: values | st.just(RECORD[key]) for key in RECORD}) | values
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8)
+records = values | st.fixed_dictionaries(
+    {}, optional={key: values | st.just(RECORD[key]) for key in RECORD})
 
 
 @bounded
-@given(st.one_of(records.map(lambda record: json.dumps(record).encode()), mutated(json.dumps(RECORD).encode()),
-                 st.binary()))
+@given(st.one_of(records.map(lambda record: json.dumps(record).encode()),
+                 mutated(json.dumps(RECORD).encode()), st.binary()))
 @example(b"[" * 100_000)
 @example(json.dumps({**RECORD, "config": []}).encode())
 @example(json.dumps({**RECORD, "config": {"seed": 0}}).encode())
@@ -77,7 +82,8 @@ def test_a_record_is_read_exactly_or_refused(content):
         path.write_bytes(content)
         found = outcome(path, read, path)
         if isinstance(found, dict):
-            assert repr(found) == repr({**found, **json.loads(content)}) and found.keys() >= RECORD.keys()
+            assert repr(found) == repr({**found, **json.loads(content)})
+            assert found.keys() >= RECORD.keys()
             assert isinstance(found["config"], dict) and isinstance(found["metrics"], dict)
         assert isinstance(found, dict) or content != json.dumps(RECORD).encode()
         try:
@@ -87,7 +93,8 @@ def test_a_record_is_read_exactly_or_refused(content):
             assert str(path) in str(error) and content != json.dumps(RECORD).encode()
 
 
-ARRAYS = {"prediction": np.arange(40, dtype=np.uint8) % 7, "target": np.arange(40, dtype=np.uint8) % 5}
+ARRAYS = {"prediction": np.arange(40, dtype=np.uint8) % 7,
+          "target": np.arange(40, dtype=np.uint8) % 5}
 
 
 def saved_arrays():
@@ -98,7 +105,8 @@ def saved_arrays():
 
 @bounded
 @given(mutated(saved_arrays()))
-@example(changed(saved_arrays(), saved_arrays().rindex(b"prediction.npy") - 13, 1))  # the next file is a comment
+# the next file is a comment
+@example(changed(saved_arrays(), saved_arrays().rindex(b"prediction.npy") - 13, 1))
 def test_damaged_arrays_are_read_exactly_or_refused(content):
     with scratch() as folder:
         path = Path(folder, "seed0.npz")
@@ -114,8 +122,9 @@ def test_damaged_arrays_are_read_exactly_or_refused(content):
 # ---- flags ----
 
 SCRIPTS = {train_cls: train_cls.PROTOCOLS, train_seg: train_seg.PROTOCOLS}
-ODD = ["", "0", "-1", "1", "16", "0.5", "1e400", "1e-400", "nan", "-inf", "0x10", "1_000", "٣", " 1 ", "9" * 5000,
-       "two", "--", "-", "=", "\0", "a\nb", "%s", "none", "dev", "small", "gelu", "unet"]
+ODD = ["", "0", "-1", "1", "16", "0.5", "1e400", "1e-400", "nan", "-inf", "0x10", "1_000", "٣",
+       " 1 ", "9" * 5000, "two", "--", "-", "=", "\0", "a\nb", "%s", "none", "dev", "small", "gelu",
+       "unet"]
 FLAGS = sorted({f"--{no}{field.name.replace('_', '-')}" for script in SCRIPTS
                 for field in dataclasses.fields(script.Config) for no in ("", "no-")})
 odd = st.sampled_from(ODD)
@@ -153,11 +162,14 @@ def test_flags_give_a_config_that_its_own_flags_give_again_or_are_refused(script
 
 # ---- metrics ----
 
+shapes = st.tuples(st.integers(1, 3), st.just(3), st.integers(1, 4), st.integers(1, 4))
+
+
 @bounded
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.just(3), st.integers(1, 4), st.integers(1, 4)),
-                  elements=st.sampled_from([0, 0.25, 1, -2, 8])), st.data())
+@given(hnp.arrays(np.float32, shapes, elements=st.sampled_from([0, 0.25, 1, -2, 8])), st.data())
 def test_segmentation_is_scikit_learns_with_ties_and_absent_classes(logits, draws):
-    target = draws.draw(hnp.arrays(np.uint8, (len(logits), *logits.shape[2:]), elements=st.integers(0, 2)))
+    target = draws.draw(hnp.arrays(np.uint8, (len(logits), *logits.shape[2:]),
+                                   elements=st.integers(0, 2)))
     found = metrics.segmentation(torch.from_numpy(logits), torch.from_numpy(target), "abc")
     flat, prediction = target.ravel(), logits.argmax(1).ravel()
     present = np.unique(flat)
