@@ -216,9 +216,10 @@ def test_every_network_answers(open_page, network):
 
 
 def test_it_stays_live(open_page, capsys):
-    """While three networks run, frames come at ten a second or more."""
+    """While three networks run, frames come at ten a second or more. Times are of the machine."""
     page = open_page()
-    answers(page, 0, 0)
+    page.wait_for_function("globalThis.probe?.shift?.found()")
+    first = page.evaluate("performance.now()")
     start = "globalThis.frames_ = []; const tick = (t) => { frames_.push(t);" \
             " requestAnimationFrame(tick); }; requestAnimationFrame(tick);"
     page.evaluate(f"() => {{ {start} }}")
@@ -226,8 +227,9 @@ def test_it_stays_live(open_page, capsys):
     page.wait_for_function("probe.shift.trace.length === 29")
     frames = np.diff(page.evaluate("frames_"))
     with capsys.disabled():
-        print(f"\n{1000 / np.median(frames):.0f} frames and {28e3 / frames.sum():.1f} "
-              f"answers of three networks a second")
+        print(f"\nfirst answer {first / 1000:.1f} s after the page was asked for; then "
+              f"{1000 / np.median(frames):.0f} frames and {28e3 / frames.sum():.1f} answers of "
+              f"three networks a second")
     assert np.median(frames) <= 100
     check(answers(page, 28, 0), page.evaluate("probe.shift.state"), 28, 0)
 

@@ -166,6 +166,10 @@ export async function startFacade(index) {
 }
 
 async function take(path) {
-  const answer = await fetch(new URL(path, document.baseURI));
-  await open(await answer.blob(), path.split("/").at(-1));
+  try {
+    const answer = await fetch(new URL(path, document.baseURI));
+    await open(await answer.blob(), path.split("/").at(-1));
+  } catch (error) {
+    fail(`${path} cannot be had: ${error.message}`);
+  }
 }
