@@ -8,6 +8,8 @@
 #   PROTOCOL=  report (default, for a GPU: three or four rows side by side unless -j or RUN= say otherwise),
 #              desk (two CPU cores: two rows side by side unless -j says otherwise), small (the same, a first
 #              look), smoke (seconds)
+#   DATA=      a folder of your own images, see docs/own-data.md: the table that fits it, into
+#              results/PROTOCOL-FOLDER; FLAGS= for every row of it, e.g. FLAGS="--size 96 --epochs 60"
 #   SEEDS=     "0 1 2 3 4 5" (report, desk), "0 1 2" (small), 0 (smoke)
 #   DEVICE=    auto, cpu, cuda, cuda:1
 #   RUN=       a launcher before every row's command, e.g. RUN="srun --gpus=1"
@@ -88,6 +90,7 @@ endif
 # the rows that are exported, and the one that is timed at the study's full image size
 EXPORTED := table2/standard table1/maxpool-2-32
 
+.PHONY: page page-networks test-page
 .PHONY: help env data demo test faults fuzz bench gpu table1 table2 claims figures interpret export bench-inference
 .DELETE_ON_ERROR:
 help:
@@ -102,6 +105,9 @@ help:
 	@echo "make bench-inference  speed and memory of all these forms, side by side (PROTOCOL=)"
 	@echo "make data           fetch and check the data sets"
 	@echo "make table1 table2  the study: all rows, all seeds (PROTOCOL= SEEDS= DEVICE= RUN= PY=, see the Makefile)"
+	@echo "make table1 table2 DATA=FOLDER   the same on images of your own (FLAGS=, see docs/own-data.md)"
+	@echo "make page           the networks and the tables in a browser: a static site in build/page/ (needs npm)"
+	@echo "make test-page      the same in headless chromium, against ONNX Runtime and predict.py"
 	@echo "make claims figures the verdicts on the report's claims, and all figures, from what was run"
 	@echo "make interpret      where the models look and what a shift does to them"
 
@@ -168,24 +174,48 @@ MAKEFLAGS += -j$(if $(filter-out table1% rows/table1,$(MAKECMDGOALS)),3,4)
 RUN := env OMP_NUM_THREADS=2
 endif
 endif
-RESULTS := results/$(PROTOCOL)
+
+# the study of another set than the report's, a folder of the user's: docs/own-data.md
+SET := $(PROTOCOL)
+OWN := table1 table2
+ifneq ($(DATA),)
+ifeq ($(shell test -d "$(DATA)" && echo yes),)
+$(error DATA=$(DATA) is no folder: see docs/own-data.md)
+endif
+ifneq ($(filter interpret rows/attention gpu,$(MAKECMDGOALS)),)
+$(error $(MAKECMDGOALS) DATA=$(DATA): surrogates and GPU checks are of the study's own sets; with DATA there are table1, table2, claims, figures and export)
+endif
+NAME := $(shell basename "$$(realpath "$(DATA)")" | tr -c 'A-Za-z0-9._\n-' '-')
+SET := $(PROTOCOL)-$(NAME)
+OWN := $(shell if [ -e "$(DATA)/classes.txt" ]; then echo table2; else echo table1; fi)
+FLAGS_DATA := --data "$(DATA)"
+PLAN = $(RESULTS)/plan.txt
+endif
+STUDY = $(PY) study.py $(1) --protocol $(PROTOCOL) $(if $(DATA),--name $(NAME)) --results $(dir $(RESULTS))
+
+RESULTS := results/$(SET)
 ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))
 
 # in seed order, so that one seed of every row exists before the second of any
 records = $(foreach seed,$(SEEDS),$(patsubst %,$(RESULTS)/%/seed$(seed).json,$(1)))
 
-figures: table1 table2 $(RESULTS)/attention.md $(RESULTS)/attention.png $(RESULTS)/predictions.png $(RESULTS)/hourglass.png
-	$(PY) study.py figures --protocol $(PROTOCOL) --results $(dir $(RESULTS))
+# of a set of one's own there are no surrogates
+figures: $(OWN) $(RESULTS)/predictions.png $(if $(DATA),,$(addprefix $(RESULTS)/,attention.md attention.png hourglass.png))
+	$(call STUDY,figures)
 
-table1 table2 claims: %: $(RESULTS)/%.md
+$(OWN) claims: %: $(RESULTS)/%.md
 	@cat $<
 
-$(RESULTS)/claims.md: $(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md
+# the other table's networks are for another task
+$(filter-out $(OWN),table1 table2):
+	@echo "$@ is left out: $(DATA) is a set for $(OWN) ($(if $(filter table2,$(OWN)),it has a,without) classes.txt)"
+
+$(RESULTS)/claims.md: $(OWN:%=$(RESULTS)/%.md) $(if $(DATA),,$(RESULTS)/attention.md)
 
 $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
 $(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: study.py | $(ENV)
-	$(PY) study.py $(basename $(@F)) --protocol $(PROTOCOL) --results $(dir $(RESULTS)) --seeds $(words $(SEEDS))
+	$(call STUDY,$(basename $(@F))) --seeds $(words $(SEEDS))
 
 # the records alone, without table and page
 .PHONY: rows/table1 rows/table2 rows/attention
@@ -196,29 +226,36 @@ rows/table2: $(call records,$(filter table2/%,$(ROWS)))
 $(foreach row,$(ROWS),$(eval $(row): $(call records,$(row))))
 
 # a record depends on nothing that changes: what exists is not run again; what is broken off resumes
+TRAIN = $(RUN) $(PY) $(script/$(1)) --protocol $(PROTOCOL) --device $(DEVICE) $(if $(DATA),$(FLAGS_DATA) $(FLAGS))
 define row_rule
-$(RESULTS)/$(1)/seed%.json: | $(ENV)
-	$(RUN) $(PY) $(script/$(patsubst %/,%,$(dir $(1)))) --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) $($(1)) --out $$(@D)
+$(RESULTS)/$(1)/seed%.json: | $(ENV) $(PLAN)
+	$(call TRAIN,$(patsubst %/,%,$(dir $(1)))) --seed $$* $($(1)) --out $$(@D)
 endef
 $(foreach row,$(ROWS),$(eval $(call row_rule,$(row))))
+
+# what all rows of a set of one's own will take, said before the first of them runs
+$(RESULTS)/plan.txt: | $(ENV)
+	@mkdir -p $(@D)
+	@{ $(foreach row,$(filter $(OWN)/%,$(ROWS)),echo "$($(row))";) } | $(call TRAIN,$(OWN)) --plan $(words $(SEEDS)) > $@
+	@cat $@
 
 # ---- attention and shift invariance: measured on trained weights, which are not committed ----
 
 # A run is deterministic, so where the study was not run here the row is trained again, beside its committed record.
 # The target is the run's record, which is written last: the checkpoint beside it is whole once it is there.
 define weights_rule
-runs/$(PROTOCOL)/$(1)/seed%.json: | $(ENV)
+runs/$(SET)/$(1)/seed%.json: | $(ENV)
 	mkdir -p $$(@D)
 	if [ -f $(RESULTS)/$(1)/seed$$*.json ] && [ -f $(RESULTS)/$(1)/seed$$*.pt ]; \
 	then cp $(RESULTS)/$(1)/seed$$*.pt $(RESULTS)/$(1)/seed$$*.json $$(@D); \
-	else $(RUN) $(PY) $(script/$(patsubst %/,%,$(dir $(1)))) --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) $($(1)) --out $$(@D); fi
+	else $(call TRAIN,$(patsubst %/,%,$(dir $(1)))) --seed $$* $($(1)) --out $$(@D); fi
 endef
 $(foreach row,$(ROWS),$(eval $(call weights_rule,$(row))))
 
 SURROGATES := $(shell sed -n 's|^\(surrogates/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))
-base := runs/$(PROTOCOL)/table1/maxpool-2-32/seed
+base := runs/$(SET)/table1/maxpool-2-32/seed
 define surrogate_rule
-runs/$(PROTOCOL)/$(1)/seed%.json: | $(ENV) $(if $(filter --frozen,$($(1))),$(base)%.json)
+runs/$(SET)/$(1)/seed%.json: | $(ENV) $(if $(filter --frozen,$($(1))),$(base)%.json)
 	$(RUN) $(PY) train_cls.py --protocol $(PROTOCOL) --seed $$* --device $(DEVICE) --composites $(composites/$(PROTOCOL)) $($(1)) $(if $(filter --frozen,$($(1))),--base $(base)$$*.pt) --out $$(@D)
 endef
 $(foreach row,$(SURROGATES),$(eval $(call surrogate_rule,$(row))))
@@ -226,19 +263,19 @@ $(foreach row,$(SURROGATES),$(eval $(call surrogate_rule,$(row))))
 attention := $(patsubst surrogates/%,attention/%,$(SURROGATES))
 equivariance := $(patsubst %,equivariance/%,$(EQUIVARIANCE))
 define attention_rule
-$(RESULTS)/attention/$(1)/seed%.json: | runs/$(PROTOCOL)/surrogates/$(1)/seed%.json
-	$(RUN) $(PY) interpret.py measure --checkpoint runs/$(PROTOCOL)/surrogates/$(1)/seed$$*.pt --device $(DEVICE) $(measure/$(PROTOCOL)) --out $$(@D)
+$(RESULTS)/attention/$(1)/seed%.json: | runs/$(SET)/surrogates/$(1)/seed%.json
+	$(RUN) $(PY) interpret.py measure --checkpoint runs/$(SET)/surrogates/$(1)/seed$$*.pt --device $(DEVICE) $(measure/$(PROTOCOL)) --out $$(@D)
 endef
 define equivariance_rule
-$(RESULTS)/equivariance/$(1)/seed%.json: | runs/$(PROTOCOL)/table1/$(1)/seed%.json
-	$(RUN) $(PY) interpret.py measure --checkpoint runs/$(PROTOCOL)/table1/$(1)/seed$$*.pt --device $(DEVICE) $(equivariance/$(PROTOCOL)) --out $$(@D)
+$(RESULTS)/equivariance/$(1)/seed%.json: | runs/$(SET)/table1/$(1)/seed%.json
+	$(RUN) $(PY) interpret.py measure --checkpoint runs/$(SET)/table1/$(1)/seed$$*.pt --device $(DEVICE) $(equivariance/$(PROTOCOL)) --out $$(@D)
 endef
 $(foreach row,$(SURROGATES),$(eval $(call attention_rule,$(notdir $(row)))))
 $(foreach row,$(EQUIVARIANCE),$(eval $(call equivariance_rule,$(row))))
 
 interpret: $(RESULTS)/attention.md $(RESULTS)/attention.png
 	@cat $<
-	$(PY) study.py figures --protocol $(PROTOCOL) --results $(dir $(RESULTS))
+	$(call STUDY,figures)
 
 rows/attention $(RESULTS)/attention.md: $(call records,$(attention) $(equivariance))
 
@@ -246,27 +283,28 @@ first := $(firstword $(SEEDS))
 # the report's Figures 2, 1 and 4
 $(RESULTS)/hourglass.png: interpret.py models.py | $(ENV)
 	$(PY) interpret.py architecture --figure $@
-$(RESULTS)/attention.png: | $(foreach kind,frozen scratch,runs/$(PROTOCOL)/surrogates/$(kind)-tie0.9/seed$(first).json)
-	$(PY) interpret.py attention $(foreach kind,frozen scratch,--$(kind) runs/$(PROTOCOL)/surrogates/$(kind)-tie0.9/seed$(first).pt) --figure $@
-$(RESULTS)/predictions.png: | runs/$(PROTOCOL)/table2/standard/seed$(first).json
-	$(PY) interpret.py --checkpoint runs/$(PROTOCOL)/table2/standard/seed$(first).pt --figure $@
+$(RESULTS)/attention.png: | $(foreach kind,frozen scratch,runs/$(SET)/surrogates/$(kind)-tie0.9/seed$(first).json)
+	$(PY) interpret.py attention $(foreach kind,frozen scratch,--$(kind) runs/$(SET)/surrogates/$(kind)-tie0.9/seed$(first).pt) --figure $@
+shown := runs/$(SET)/$(if $(filter table2,$(OWN)),table2/standard,table1/maxpool-2-32)/seed$(first)
+$(RESULTS)/predictions.png: | $(shown).json
+	$(PY) interpret.py --checkpoint $(shown).pt $(FLAGS_DATA) --figure $@
 
 # what is missing in runs/ is made only where a missing measurement needs it
-.SECONDARY: $(foreach seed,$(SEEDS),$(patsubst %,runs/$(PROTOCOL)/%/seed$(seed).json,$(ROWS) $(SURROGATES)))
+.SECONDARY: $(foreach seed,$(SEEDS),$(patsubst %,runs/$(SET)/%/seed$(seed).json,$(ROWS) $(SURROGATES)))
 
 # ---- deployment ----
 
-TRAINED := $(EXPORTED:%=runs/$(PROTOCOL)/%/seed0)
+TRAINED := $(patsubst %,runs/$(SET)/%/seed0,$(filter $(OWN:%=%/%),$(EXPORTED)))
 
 export: $(TRAINED:=/parity.json)
 
 # written last: where it exists, the models beside it passed
 $(TRAINED:=/parity.json): %/parity.json: %.json
-	$(PY) export.py --checkpoint $*.pt --device $(DEVICE)
+	$(PY) export.py --checkpoint $*.pt --device $(DEVICE) $(FLAGS_DATA)
 
 # asked for both, the bench waits until the machine is quiet
 bench-inference: $(firstword $(TRAINED))/parity.json cpp/runner | $(filter export,$(MAKECMDGOALS))
-	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE)
+	$(PY) export.py bench --checkpoint $(firstword $(TRAINED)).pt --device $(DEVICE) $(FLAGS_DATA)
 
 # needs libpng-dev and libjpeg-dev; linked like this, torch's CUDA build needs no CUDA toolkit; RPATH, not RUNPATH, since
 # a .pt2 loads libtorch as well
@@ -274,3 +312,25 @@ cpp/runner: TORCH = $(shell $(PY) -c "import torch; print(torch.__path__[0])")
 cpp/runner: cpp/runner.cpp cpp/images.h | $(ENV)
 	$(CXX) -std=c++20 -O2 $< -o $@ -isystem "$(TORCH)/include" -isystem "$(TORCH)/include/torch/csrc/api/include" \
 	  -L"$(TORCH)/lib" -Wl,-rpath,"$(TORCH)/lib",--disable-new-dtags,--as-needed -ltorch_cpu -lc10 -lpng -ljpeg
+
+# ---- the page: networks and tables in a browser ----
+
+page: | $(ENV)
+	PYTHONPATH=. $(PY) web/build.py
+
+# what it cannot find (chromium, playwright) it skips, and says so
+test-page: page
+	PAGE=build/page $(PY) -m pytest -q tests/test_page.py tests/test_page_browser.py
+
+# the page's surrogates: each way to halve the image, frozen and from scratch, with and without the tie
+page/frozen := --frozen --epochs 1 --lr 1e-2
+PAGE_RUNS := $(foreach tie,0 0.9,$(foreach down,maxpool stride blurpool,$(down)-frozen-tie$(tie)) maxpool-scratch-tie$(tie))
+define page_rule
+runs/$(PROTOCOL)/page/$(1)-$(2)-tie$(3)/seed0.json: | $(ENV) $(if $(filter frozen,$(2)),runs/$(PROTOCOL)/table1/$(1)-2-32/seed0.json)
+	$(RUN) $(PY) train_cls.py --protocol $(PROTOCOL) --seed 0 --device $(DEVICE) --composites $(composites/$(PROTOCOL)) --down $(1) --tie $(3) $(page/$(2)) $(if $(filter frozen,$(2)),--base runs/$(PROTOCOL)/table1/$(1)-2-32/seed0.pt) --out $$(@D)
+endef
+$(foreach down,maxpool stride blurpool,$(foreach kind,frozen scratch,$(foreach tie,0 0.9,$(eval $(call page_rule,$(down),$(kind),$(tie))))))
+
+# web/models/ anew, of what the page was committed with: PROTOCOL=desk
+page-networks: $(PAGE_RUNS:%=runs/$(PROTOCOL)/page/%/seed0.json) runs/$(PROTOCOL)/table2/standard/seed0.json
+	PYTHONPATH=. $(PY) web/networks.py --runs runs/$(PROTOCOL) --records results/$(PROTOCOL)

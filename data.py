@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from lab import folders, idx, synthetic
+from lab import cli, folders, idx, synthetic
 from lab.batches import Dataset, Split, describe
 from lab.fetch import (Files, Limits, debian_package, download, fetch, from_archive, npm_package,
                        read_tar, unpack)
@@ -51,7 +51,7 @@ FACADE_DIGEST = "564badef964a560f60dcb510517bdb3ac686cff15183787c2d942a35148b485
 # The public address of the facade set, in GitHub's archive of one commit. The set is licensed
 # under CC BY-SA 4.0: crops out of the CMP Facade Database (R. Tylecek and R. Sara, Spatial Pattern
 # Templates for Recognition of Objects with Regular Structure, GCPR 2013), its 12 classes merged
-# into 5. It is fetched and never passed on.
+# into 5. It is fetched, and not passed on but for six test photos of the page (web/images/).
 FACADE_URL = ("https://github.com/XAVILLA/Facade-Segmentation-CNN/archive/"
               "f83966d9d5c50c773e088a84f9b70467f9cf7d18.tar.gz")
 FACADE_LICENCE = "CC BY-SA 4.0, cut from the CMP Facade Database"
@@ -367,8 +367,8 @@ def load_recorded(record: dict, root: str | None, folder: str | None = None) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, allow_abbrev=False,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root",
                         help="folder of the data sets (default: $DATA_ROOT, else ./data)")
     parser.add_argument("--facades-url", metavar="URL", help="where to fetch the facade set "
@@ -386,8 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.guard(main))

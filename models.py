@@ -360,7 +360,7 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 # {name: loss(logits, target, weight (C,) of each class)}
-LOSSES = {"wce": cross_entropy,
+LOSSES = {"wce": lambda logits, target, weight: cross_entropy(logits, target, weight),
           "ce": lambda logits, target, weight: cross_entropy(logits, target),
           "dice": lambda logits, target, weight: dice_loss(logits, target)}
 

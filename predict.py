@@ -16,11 +16,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+from lab import cli
 from lab.files import BadInput, colours, mask_to, read_image, to_size, write_atomic
-
-
-def fail(message: str) -> None:
-    raise BadInput(message)
 
 
 def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
@@ -57,9 +54,8 @@ def targets_of(images: list[str], out: str) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = cli.Parser(description=__doc__, allow_abbrev=False,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="an .onnx file that export.py made")
     parser.add_argument("--out", default="predictions", help="folder of the masks (predictions)")
     parser.add_argument("images", nargs="+", help="image files of any size")
@@ -89,8 +85,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.guard(main))

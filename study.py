@@ -107,6 +107,9 @@ CLAIMS = {
     "C13": ("Dropout 0.2 adds about 5 points of test MAP",
             [("table2", "standard", "no-dropout", "map", 2.5, 7.5)]),
 }
+# Those that ask something of any images: which is better, and not by how many points on the
+# report's own (C1, C6, C13), nor of its grids (C3 to C5).
+OWN_CLAIMS = ("C2", "C7", "C8", "C9", "C10", "C11", "C12")
 # settings that all rows of a table must share: a row differs by its own switch and by nothing else
 SHARED = ("protocol", "split", "epochs", "batch", "lr", "weight_decay", "warmup", "precision",
           "deterministic", "compile", "size", "train_images", "weight_power")
@@ -118,6 +121,11 @@ def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:
     order = REPORT.get(folder.name, ())
     # surrogates differ in training
     return records.load(folder, protocol, order, SHARED if order else ())
+
+
+def is_own(rows: dict[str, dict[int, dict]]) -> bool:
+    """Whether records are of a set of the user's own, of which the report says nothing."""
+    return any(record.get("about_data", {}).get("own") for record in records.each_of(rows))
 
 
 # ---- estimates ----
@@ -167,17 +175,17 @@ def median_errors(tables: dict[str, dict]) -> dict[str, dict]:
 
 def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
     """The table as Markdown: differences from the base row, paired by seed, and the report's."""
-    base_row, columns = next(iter(REPORT[table])), COLUMNS[table]
-    heads = " | ".join(f"{name} | report" for name, _, _ in columns.values())
+    base_row, columns, own = next(iter(REPORT[table])), COLUMNS[table], is_own(rows)
+    heads = " | ".join(name + " | report" * (not own) for name, _, _ in columns.values())
     lines = [f"| row | {heads} | seeds | parameters | multiply-adds | training |",
-             "|---|" + "--:|" * (2 * len(columns) + 4)]
+             "|---|" + "--:|" * ((2 - own) * len(columns) + 4)]
     held, seeds_alone = {name: [] for name, _, _ in columns.values()}, set()
     for row in [*REPORT[table], *(row for row in rows if row not in REPORT[table])]:
         label, reported = REPORT[table].get(row, (plain(row), {}))
         runs, cells, signed = rows.get(row, {}), [], row != base_row
         for column, (name, split, key) in columns.items():
             ours = estimate(rows, row, base_row if signed else None, split, key)
-            value = reported.get(column)
+            value = None if own else reported.get(column)
             cells.append(number(ours.mean, ours.half, signed) if ours.values else "not run")
             if split == "test" and len(ours.error) == 1:
                 seeds_alone.add(name)
@@ -185,7 +193,8 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
             if holds is not None:
                 held[name].append(holds)
             mark = {True: " ✓", False: " ✗", None: ""}[holds]
-            cells.append("" if value is None else number(value, math.nan, signed) + mark)
+            if not own:
+                cells.append("" if value is None else number(value, math.nan, signed) + mark)
         of_all = "" if len(ours.values) == seeds else f" of {seeds}"
         cells.append(f"{len(ours.values)}{of_all}")
         if runs:
@@ -201,18 +210,26 @@ def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
     marked = "".join(f"{name}: {sum(marks)} of {len(marks)} do. "
                      for name, marks in held.items() if marks)
     alone = f"Of {', '.join(sorted(seeds_alone))} ± is over seeds alone. " if seeds_alone else ""
-    note = ("Percent. First row: value; others: difference from it, paired by seed. ± is the 95 % "
-            "interval, over seeds and, on the test split, over its images. ✓: the report's "
-            "number lies in the 95 % prediction interval of one more such run; ✗: it does not. "
-            f"{alone}{marked}Device: {'; '.join(devices) or 'none yet'}. {records.caveat(made_of)}")
-    return "\n".join([*lines, "", note.rstrip()]) + "\n"
+    about = made_of[0]["about_data"] if own else {}
+    note = [f"{plain(about['name'])}, {about['size']} pixels a side."] if own else []
+    note.append("Percent. First row: value; others: difference from it, paired by seed. ± is the "
+                "95 % interval, over seeds and, on the test split, over its images.")
+    if not own:
+        note.append("✓: the report's number lies in the 95 % prediction interval of one more such"
+                    " run; ✗: it does not.")
+    note.append(f"{alone}{marked}Device: {'; '.join(devices) or 'none yet'}. "
+                f"{records.caveat(made_of)}".rstrip())
+    return "\n".join([*lines, "", " ".join(note)]) + "\n"
 
 
 # ---- the claims ----
 
 def judge(tables: dict[str, dict]) -> dict[str, dict]:
-    """The verdict on every claim, see `claims.judge`."""
-    return claims.judge(CLAIMS, tables, estimate)
+    """The verdict on every claim, see `claims.judge`; on images of the user's own, on some."""
+    own = [table for table, rows in tables.items() if is_own(rows)]
+    asked = {name: claim for name, claim in CLAIMS.items()
+             if not own or name in OWN_CLAIMS and claim[1][0][0] in own}
+    return claims.judge(asked, tables, estimate)
 
 
 def render_claims(found: dict[str, dict]) -> str:
@@ -290,8 +307,9 @@ TIES = {"accuracy, untied grids (%)": {"accuracy": ""},
 def draw_table(rows: dict, table: str) -> dict[str, figures.Figure]:
     """{file: picture} of one table's records."""
     base_row, *others = rows
+    report = {} if is_own(rows) else REPORT[table]
     differences = {name: {row: (estimate(rows, row, base_row, "test", key),
-                                REPORT[table].get(row, ("", {}))[1].get(column))
+                                report.get(row, ("", {}))[1].get(column))
                           for row in others}
                    for column, (name, split, key) in COLUMNS[table].items() if split == "test"}
     found = {f"{table}.png": figures.draw_differences(differences, rows),
@@ -328,17 +346,18 @@ def draw(folder: Path, protocol: str) -> None:
     for table, rows in tables.items():
         if rows:
             pictures |= draw_table(rows, table)
-        else:
+        elif not any(map(is_own, tables.values())):
             print(f"{folder / table} has no record yet, so no figure")
     if rows := load_records(folder / "attention", protocol):
         pictures |= draw_measurements(rows)
     if rows := load_records(folder / "equivariance", protocol):
         pictures["equivariance.png"] = panels.draw_equivariance(rows)
     if all(len(next(iter(rows.values()), {})) > 1 for rows in tables.values()):
-        pictures["../power.png"] = figures.draw_power(
+        power = figures.draw_power(
             median_errors(tables), max(map(len, REPORT.values())), len(CLAIMS),
             f"protocol {protocol}, median row",
             [record for rows in tables.values() for record in records.each_of(rows)])
+        figures.save(power, folder.parent / "power.png")
     for name, figure in pictures.items():
         figures.save(figure, folder / name)
 
@@ -350,11 +369,12 @@ def main(argv: list[str] | None = None) -> None:
                         help="what to render")
     parser.add_argument("--protocol", default="report", choices=PROTOCOLS,
                         help="which records (report)")
+    parser.add_argument("--name", help="of your own data: what is in RESULTS/PROTOCOL-NAME")
     parser.add_argument("--results", default="results", help="folder of the records (results)")
     parser.add_argument("--seeds", type=int,
                         help="seeds a full row has (the most that any row has)")
     args = parser.parse_args(argv)
-    folder = Path(args.results, args.protocol)
+    folder = Path(args.results, f"{args.protocol}-{args.name}" if args.name else args.protocol)
     read = lambda name: load_records(folder / name, args.protocol)
     if args.what == "figures":
         return draw(folder, args.protocol)

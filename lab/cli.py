@@ -1,4 +1,4 @@
-"""The command line of a script, made of a frozen dataclass; errors in one line; signals.
+"""The command line of a script, made of a frozen dataclass. Needs no torch.
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -9,20 +9,15 @@
 """
 
 import argparse
-import contextlib
 import dataclasses
-import signal
 import sys
-import threading
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from lab.files import BadInput
+from lab.guard import guard as guard
 
 
 def flag(default: object, help: str, local: bool = False) -> typing.Any:
@@ -106,68 +101,3 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
                if name not in local(base) | {"seed"} and value != getattr(base, name)]
     out = Path("runs", parser.prog.removesuffix(".py"), protocol, ",".join(changed) or "base")
     return dataclasses.replace(base, **{"out": str(out), **given})
-
-
-# Ctrl-C, kill, and what schedulers send before they preempt
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class Stopped(BaseException):
-    """A signal told the process to stop: the conventional exit code is 128 + signal.
-
-    `where` is what the same command goes on from, if what was reached is saved.
-    """
-
-    def __init__(self, number: int, where: str | None = None):
-        super().__init__(f"stopped by {signal.Signals(number).name}"
-                         + (f"; the same command goes on from {where}" if where else ""))
-        self.code = 128 + number
-
-
-def guard(main: Callable[[], None]) -> int:
-    """Run a script's main: what is the user's to mend becomes one line and an exit code.
-
-    2 for bad input, 1 for what failed on the way, 128 + the signal for a stop.
-    """
-    try:
-        with handling(STOPPING, raise_stopped):
-            main()
-        return 0
-    except Stopped as stopped:
-        message, code = str(stopped), stopped.code
-    except BadInput as error:
-        message, code = str(error), 2
-    except OSError as error:
-        message, code = f"{error.filename or 'file'}: {error.strerror or error}", 2
-    except FloatingPointError as error:
-        message, code = str(error), 1
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            message, code = "out of memory: lower --batch first, then --size or --width", 2
-        elif dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-            message = "another process of the group has ended; run the same command to go on"
-            code = 1
-        else:
-            raise
-    shared = dist.is_initialized() and dist.get_world_size() > 1
-    which = f"process {dist.get_rank()}: " if shared else ""
-    print(f"error: {which}{' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
-def raise_stopped(number: int, frame: object) -> typing.NoReturn:
-    raise Stopped(number)
-
-
-@contextlib.contextmanager
-def handling(signals: tuple[int, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handle the signals inside the block, if in the main thread: Python allows it nowhere else."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

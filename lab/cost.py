@@ -14,7 +14,7 @@ import torch
 
 from lab import batches, engine
 from lab.batches import Dataset, needed_memory
-from lab.devices import host_memory
+from lab.devices import free_memory, host_memory
 from lab.files import BadInput
 from lab.provenance import multiply_adds
 
@@ -46,26 +46,44 @@ def step_seconds(run: engine.Run, loss: Callable) -> float:
 
 
 def describe(rows: list[engine.Settings], run: engine.Run, dataset: Dataset, build: engine.Build,
-             loss: Callable, seeds: int) -> str:
-    """Lines that say what rows of `seeds` runs each take; `run` is a dry run of the first."""
+             loss: Callable, seeds: int, reading: float) -> str:
+    """Lines that say what rows of `seeds` runs each take.
+
+    `run` is a dry run of the first; reading, the seconds that it took to read the data, which every
+    run does.
+    """
     shape, classes = dataset.train.images.shape[1:], len(dataset.classes)
     work = []
     for row in rows:
         with torch.device("meta"):
             work.append(multiply_adds(build(vars(row), shape[0], classes), shape))
     images, base = len(dataset.train), rows[0]
+    before = memory(run.device)
     each = step_seconds(run, loss) / len(run.data.train)
     # an evaluation has the forward pass alone, a third of a step
     first = each * (base.epochs * images + (images + len(dataset.test)) / 3)
-    hours = first * seeds * sum(work) / work[0] / 3600
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if run.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(run.device) + needed_memory(dataset)
-    widest = max(row.width / base.width for row in rows)  # memory of a step grows as it does
-    free = (torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else host_memory())
+    runs = [reading + first * one / work[0] for one in work]
+    step = memory(run.device) - before
+    widest = max(row.width / base.width for row in rows)  # a step's memory grows as it does
+    stored = needed_memory(dataset)
+    free = host_memory() if (found := free_memory(run.device)) is None else found
     return (f"{dataset.name}: {images} training and {len(dataset.test)} {dataset.held_out} images; "
             f"{len(rows)} rows of {seeds} runs, {base.epochs} epochs each\n"
-            f"time: about {hours:.1f} hours, one run after another ({first / 60:.1f} minutes for "
-            f"the first row, {max(work) / work[0]:.1f} times as long for the longest)\n"
-            f"memory: about {peak / 1e9:.1f} GB a run, up to {widest * peak / 1e9:.1f} GB for the "
-            f"widest; {free / 1e9:.1f} GB are free")
+            f"time: about {span(seeds * sum(runs))}, one run after another ({span(runs[0])} for a "
+            f"run of the first row, {span(max(runs))} for one of the slowest, {span(reading)} of "
+            f"each to read the data)\n"
+            f"memory: about {(before + step + stored) / 1e9:.1f} GB a run, "
+            f"{(before + widest * step + stored) / 1e9:.1f} GB for one of the widest; "
+            f"{free / 1e9:.1f} GB are free\n")
+
+
+def memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far, on a GPU or in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def span(seconds: float) -> str:
+    return (f"{seconds / 3600:.1f} hours" if seconds > 5400 else
+            f"{seconds / 60:.1f} minutes" if seconds > 90 else f"{seconds:.1f} seconds")

@@ -56,7 +56,8 @@ def host_memory() -> int:
 def counters(path: Path) -> dict[str, int]:
     """The numbers in a file of lines "name number ..."; none where it cannot be read."""
     try:
-        return {name: int(value) for name, value, *_ in map(str.split, path.open())}
+        lines = map(str.split, path.read_text().splitlines())
+        return {name: int(value) for name, value, *_ in lines}
     except (OSError, ValueError):
         return {}
 

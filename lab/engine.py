@@ -31,11 +31,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lab import batches, records
 from lab.batches import Dataset, Split
-from lab.cli import STOPPING, Stopped, defaults, flag, handling, local
+from lab.cli import defaults, flag, local
 from lab.devices import keep_freed_memory, pick_dtype
 from lab.distributed import Replica, any_signal, from_first, leave_group, own_device
 from lab.distributed import rank, ranks, share
 from lab.files import BadInput, jsonable, read_checkpoint
+from lab.guard import STOPPING, Stopped, handling
 from lab.progress import Progress, progress
 from lab.provenance import environment, multiply_adds, weights_digest
 from lab.runfiles import RunFiles

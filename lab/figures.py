@@ -31,6 +31,11 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "
 PAGE = 10  # a user's images on one picture: about three screens high
 
 
+def literal(text: str) -> str:
+    """A user's name for something: two dollars in it make no formula."""
+    return text.replace("$", r"\$")
+
+
 def subplots(rows: int = 1, columns: int = 1, figsize: tuple[float, float] = (6, 4),
              **how: typing.Any) -> tuple[Figure, typing.Any]:
     """A figure of so many inches and its axes, as pyplot's."""
@@ -177,12 +182,12 @@ def draw_shares(pixels: np.ndarray, names: tuple[str, ...], palette: np.ndarray,
                 data: str) -> Figure:
     """Each class's share of the training pixels (classes,), in its colour, uint8 (classes, 3)."""
     figure, ax = subplots(figsize=(5, 0.9 + 0.3 * len(names)))
-    bars = ax.barh(names, 100 * pixels / pixels.sum(), color=palette / 255, edgecolor="black",
-                   linewidth=0.6)
+    bars = ax.barh([*map(literal, names)], 100 * pixels / pixels.sum(), color=palette / 255,
+                   edgecolor="black", linewidth=0.6)
     ax.bar_label(bars, fmt="%.1f %%", padding=3)
     ax.invert_yaxis()
     ax.set_xlim(0, 118 * pixels.max() / pixels.sum())
-    ax.set(xlabel=f"share of the training pixels (%), {data}")
+    ax.set(xlabel=f"share of the training pixels (%), {literal(data)}")
     return figure
 
 

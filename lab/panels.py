@@ -8,17 +8,18 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
-from lab.batches import Dataset
-from lab.figures import BLUE, RED, Figure, across_seeds, subplots
+from lab.batches import VOID, Dataset
+from lab.figures import BLUE, RED, Figure, across_seeds, literal, subplots
 
 WRONG = np.array((204, 121, 167), dtype=np.uint8)  # Okabe and Ito's purple
+COLUMNS = 20  # classes side by side: more are too small to see
 PANEL = 512  # pixels that an image keeps under a map: a panel is half as wide, the rest is time
 
 
 # ---- predictions of one run ----
 
 def title_of(dataset: Dataset, score: str) -> str:
-    return f"{dataset.name}, {len(dataset.test)} {dataset.held_out} images: {score}"
+    return f"{literal(dataset.name)}, {len(dataset.test)} {dataset.held_out} images: {score}"
 
 
 def draw_segmentation(dataset: Dataset, logits: Tensor, each: list[float], score: str) -> Figure:
@@ -27,8 +28,10 @@ def draw_segmentation(dataset: Dataset, logits: Tensor, each: list[float], score
     logits (N, classes, H, W) of the held-out split; each: an image's mean IoU.
     """
     names, split, prediction = dataset.classes, dataset.test, logits.argmax(1).cpu()
-    palette = np.array(dataset.palette, dtype=np.uint8)
-    order = np.argsort(each)[::-1]
+    palette = np.full((256, 3), 255, np.uint8)  # void is white
+    palette[:len(names)] = dataset.palette
+    labelled = np.flatnonzero(~np.isnan(each))
+    order = labelled[np.argsort(np.array(each)[labelled])[::-1]]
     n = len(order)
     rows = {"best": 0, "median": n // 2, "next to worst": n - 2, "worst": n - 1}
     figure, axes = subplots(len(rows), 4, figsize=(8.4, 2.15 * len(rows) + 0.9))
@@ -36,17 +39,20 @@ def draw_segmentation(dataset: Dataset, logits: Tensor, each: list[float], score
         i = int(order[max(rank, 0)])
         image, truth = split.images[i].permute(1, 2, 0).numpy(), split.targets[i].numpy()
         grey = image.mean(2, keepdims=True) * 0.5 + 110
-        wrong = (prediction[i].numpy() != truth)[..., None]
+        wrong = ((prediction[i].numpy() != truth) & (truth != VOID))[..., None]
         panels = {"image": image, "truth": palette[truth],
                   "prediction": palette[prediction[i].numpy()],
                   "errors": np.where(wrong, WRONG, np.repeat(grey, 3, 2).astype(np.uint8))}
         for ax, (name, panel) in zip(row, panels.items()):
-            ax.imshow(panel, interpolation="nearest")
+            ax.imshow(panel, interpolation="nearest", cmap="gray")
             ax.set(xticks=[], yticks=[], title=name if label == "best" else "")
         row[0].set_ylabel(f"{label}: no. {i}\nmean IoU {100 * each[i]:.0f} %")
-        row[3].set_xlabel(f"{100 * wrong.mean():.0f} % of pixels wrong")
-    figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=name)
-                           for name, colour in zip(names, palette)],
+        row[3].set_xlabel(f"{100 * wrong.sum() / (truth != VOID).sum():.0f} % of pixels wrong")
+    keys = dict(zip(names, palette))
+    if (split.targets == VOID).any():
+        keys["void"] = palette[VOID]
+    figure.legend(handles=[Patch(facecolor=colour / 255, edgecolor="black", label=literal(name))
+                           for name, colour in keys.items()],
                   loc="outside lower center", ncols=min(len(names), 7), frameon=False)
     figure.suptitle(title_of(dataset, score))
     return figure
@@ -55,12 +61,13 @@ def draw_segmentation(dataset: Dataset, logits: Tensor, each: list[float], score
 def draw_classification(dataset: Dataset, logits: Tensor, score: str) -> Figure:
     """For each class its first image that is predicted right, and its first that is wrong.
 
-    logits (N, classes) of the held-out split.
+    logits (N, classes) of the held-out split; of many classes the first are drawn.
     """
-    names = dataset.classes
+    names = [*map(literal, dataset.classes)]
+    columns = min(len(names), COLUMNS)
     probability, prediction = (t.cpu() for t in logits.softmax(1).max(1))
     right = prediction == dataset.test.targets
-    figure, axes = subplots(2, len(names), figsize=(1.2 * len(names), 3.5), squeeze=False)
+    figure, axes = subplots(2, columns, figsize=(max(1.2 * columns, 4.5), 3.5), squeeze=False)
     for row, (label, hit) in zip(axes, (("right", right), ("wrong", ~right))):
         row[0].set_ylabel(label)
         for c, (ax, name) in enumerate(zip(row, names)):
@@ -98,7 +105,7 @@ def draw_overlays(images: list[np.ndarray], maps: list[np.ndarray], names: list[
             ax.imshow(small, extent=extent)
             ax.set(xticks=[], yticks=[])
         line[0].set_title(name, fontsize=9, parse_math=False)  # a file's name is no formula
-        for ax, layer, label in zip(line[1:], layers, labels):
+        for ax, layer, label in zip(line[1:], layers, map(literal, labels)):
             drawn = ax.imshow(layer, extent=extent, alpha=0.65, **colours)
             ax.set_title(label, fontsize=9)
         figure.colorbar(drawn, ax=line, shrink=0.8,

@@ -24,7 +24,7 @@ import interpret
 import models
 import train_cls
 import train_seg
-from lab import batches, cli, engine, provenance
+from lab import batches, engine, guard, provenance
 
 SCRIPTS = {"table1": train_cls, "table2": train_seg}
 TINY = {"table1": ["--depth", "1", "--width", "4", "--batch", "4"],
@@ -131,7 +131,7 @@ def stopping_after(steps):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_stopped_run_goes_on_on_the_device(train, monkeypatch, precision):
     flags = ["table2 --epochs 2 --dropout 0.2 --precision", precision]
-    with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
+    with monkeypatch.context() as patch, pytest.raises(guard.Stopped):
         patch.setattr(engine, "any_signal", stopping_after(2))
         train(*flags)
     record = json.loads((train(*flags) / "seed0.json").read_text())
@@ -246,7 +246,7 @@ def plant(monkeypatch, where, old, new):
 def test_a_planted_fault_is_seen(train, monkeypatch, fault):
     where, old, new, row, said = FAULTS[fault]
     if "begin_epoch" in where:
-        with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
+        with monkeypatch.context() as patch, pytest.raises(guard.Stopped):
             patch.setattr(engine, "any_signal", stopping_after(1))
             train(row)
     plant(monkeypatch, where, old, new)

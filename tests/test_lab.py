@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lab import cli, engine, records
+from lab import cli, engine, guard, records
 from lab.batches import Dataset, Split
 from lab.files import BadInput
 
@@ -70,7 +70,7 @@ def test_a_network_a_set_and_a_loss_of_ones_own(tmp_path, monkeypatch, capsys):
     signals = iter([0] * 8 + [15])
     with monkeypatch.context() as patch:
         patch.setattr(engine, "any_signal", lambda stops: next(signals))
-        with pytest.raises(cli.Stopped, match="goes on from step 3 of 6 of epoch 2"):
+        with pytest.raises(guard.Stopped, match="goes on from step 3 of 6 of epoch 2"):
             train(tmp_path / "stopped")
     again = train(tmp_path / "stopped")
     assert again["weights_sha256"] == whole["weights_sha256"] and again["curve"] == whole["curve"]

@@ -1,0 +1,92 @@
+"""What ends a script before its time: one line and an exit code; signals. Needs no torch.
+
+    sys.exit(guard(main))
+"""
+
+import contextlib
+import signal
+import sys
+import threading
+import typing
+from collections.abc import Callable, Iterator
+
+from lab.files import BadInput
+
+# Ctrl-C, kill, and what schedulers send before they preempt
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """A signal told the process to stop: the conventional exit code is 128 + signal.
+
+    `where` is what the same command goes on from, if what was reached is saved.
+    """
+
+    def __init__(self, number: int, where: str | None = None):
+        super().__init__(f"stopped by {signal.Signals(number).name}"
+                         + (f"; the same command goes on from {where}" if where else ""))
+        self.code = 128 + number
+
+
+def guard(main: Callable[[], None]) -> int:
+    """Run a script's main: what is the user's to mend becomes one line and an exit code.
+
+    2 for bad input, 1 for what failed on the way, 128 + the signal for a stop.
+    """
+    try:
+        with handling(STOPPING, raise_stopped):
+            main()
+        return 0
+    except Stopped as stopped:
+        message, code = str(stopped), stopped.code
+    except BadInput as error:
+        message, code = str(error), 2
+    except OSError as error:
+        message, code = f"{error.filename or 'file'}: {error.strerror or error}", 2
+    except FloatingPointError as error:
+        message, code = str(error), 1
+    except RuntimeError as error:
+        if not (known := of_torch(error)):
+            raise
+        message, code = known
+    print(f"error: {process()}{' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def of_torch(error: RuntimeError) -> tuple[str, int] | None:
+    """The message and code for what torch raises where memory or another process gives out."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: lower --batch first, then --size or --width", 2
+    if torch.distributed.is_initialized() and (
+            "gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
+        return "another process of the group has ended; run the same command to go on", 1
+    return None
+
+
+def process() -> str:
+    """Which process of a group speaks, if there are several."""
+    dist = getattr(sys.modules.get("torch"), "distributed", None)
+    if dist is None or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ""
+    return f"process {dist.get_rank()}: "
+
+
+def raise_stopped(number: int, frame: object) -> typing.NoReturn:
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def handling(signals: tuple[int, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle the signals inside the block, if in the main thread: Python allows it nowhere else."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

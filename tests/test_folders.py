@@ -1,0 +1,232 @@
+"""Folders of one's own images: what is read of them. What is refused is in test_bad_folders.py."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from made_set import CLASSES, SHAPES, make_shapes, make_streets
+from PIL import Image
+
+from lab import folders, labels, splits
+from lab.batches import VOID
+from lab.files import BadInput, mask_to
+
+
+@pytest.fixture
+def streets(tmp_path):
+    return make_streets(tmp_path / "streets", groups=6, each=2)
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    return make_shapes(tmp_path / "shapes", each=5)
+
+
+def segments(folder, size=32, split="full"):
+    return folders.load(folder, "segmentation", size, split)
+
+
+def photos_of(folder):
+    """{image's path within the set: its own pixels} of a set of masks."""
+    return {path.relative_to(folder).as_posix(): path
+            for path in sorted(folder.glob("*/images/*"))}
+
+
+# ---- segmentation ----
+
+def test_every_size_suffix_and_void_is_read(streets):
+    dataset = segments(streets, 48)
+    assert dataset.task == "segmentation" and dataset.own and not dataset.synthetic
+    assert dataset.name == "streets" and dataset.classes == tuple(CLASSES)
+    assert dataset.palette[0] == (0x86, 0xb4, 0xe9) and dataset.held_out == "test"
+    assert (len(dataset.train), len(dataset.test)) == (8, 4)
+    assert dataset.train.images.shape == (8, 3, 48, 48)
+    assert dataset.train.images.is_contiguous(memory_format=torch.channels_last)
+    sizes = {Image.open(path).size for path in photos_of(streets).values()}
+    assert len(sizes) > 2 and len({path.suffix for path in photos_of(streets).values()}) == 4
+    for i, path in enumerate(sorted((streets / "train/masks").iterdir())):
+        expected = mask_to(np.asarray(Image.open(path)), 48, 48)
+        assert np.array_equal(dataset.train.targets[i].numpy(), expected) and VOID in expected
+    counts = dataset.train.class_counts(7)
+    assert len(counts) == 7 and counts.sum() == (dataset.train.targets != VOID).sum()
+
+
+def test_mean_and_deviation_are_those_of_the_training_split(streets):
+    dataset = segments(streets)
+    pixels = dataset.train.images.double() / 255
+    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(dataset.mean, abs=1e-4)
+    assert pixels.std((0, 2, 3), unbiased=False).tolist() == pytest.approx(dataset.std, abs=1e-4)
+
+
+def test_images_and_masks_stay_aligned(tmp_path):
+    """A bright rectangle whose mask is itself: at every size and shape they cover each other."""
+    folder = make_streets(tmp_path / "set", groups=6, each=2)
+    (folder / "groups.csv").unlink()
+    (folder / "classes.txt").write_text("dark\nbright\n")
+    for i, path in enumerate(photos_of(folder).values()):
+        height, width = 40 + 8 * (i % 5), 96 - 8 * (i % 4)
+        mask = np.zeros((height, width), np.uint8)
+        mask[height // 4:height // 2, width // 3:] = 1
+        Image.fromarray(255 * np.stack([mask] * 3, 2)).save(path.with_suffix(".png"))
+        if path.suffix != ".png":
+            path.unlink()
+        Image.fromarray(mask).save(path.parents[1] / "masks" / f"{path.stem}.png")
+    dataset = segments(folder)
+    bright = dataset.train.images[:, 0] > 127
+    assert (bright == (dataset.train.targets == 1)).double().mean() > 0.97
+
+
+def grey_png(depth):
+    """A mask of classes 0 and 1 as a grey PNG of so many bits, made by hand: Pillow writes 1, 8."""
+    import struct
+    import zlib
+    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body
+                                + struct.pack(">I", zlib.crc32(kind + body)))
+    bits = "".join(format(value, f"0{depth}b") for value in (0, 1, 1, 0, 1, 0, 0, 1))
+    row = b"\0" + bytes(int(bits[i:i + 8], 2) for i in range(0, len(bits), 8))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, 0, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(8 * row)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_grey_mask_of_few_bits_is_not_stretched(tmp_path, depth):
+    legend = labels.Legend(("a", "b"), labels.default_palette(2), {})
+    found = labels.read_mask(tmp_path / "mask.png", grey_png(depth), legend)
+    assert found.tolist() == [[0, 1, 1, 0, 1, 0, 0, 1]] * 8
+
+
+def test_masks_in_the_colours_of_classes_txt(streets):
+    grey = segments(streets)
+    colours = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in CLASSES.values()]
+                       + [[1, 2, 3]], np.uint8)
+    (streets / "classes.txt").write_text("".join(
+        f"{name} {colour}\n" for name, colour in CLASSES.items()) + "void #010203\n")
+    for path in streets.glob("*/masks/*"):
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(colours[np.where(mask == VOID, 7, mask)]).save(path)
+    coloured = segments(streets)
+    assert torch.equal(coloured.train.targets, grey.train.targets)
+    assert coloured.classes == grey.classes and coloured.palette == grey.palette
+
+
+def test_a_last_line_void_makes_its_value_void(streets):
+    (streets / "classes.txt").write_text("\n".join([*list(CLASSES)[:6], "void", ""]))
+    dataset = segments(streets)
+    assert dataset.classes == tuple(CLASSES)[:6] and 6 not in dataset.train.targets.unique()
+
+
+@pytest.mark.parametrize("test_name", ["test", "test_dev"])
+def test_the_flat_layout_reads_the_same(streets, test_name):
+    nested = segments(streets)
+    for part, name in (("train", "train"), ("test", test_name)):
+        for path in (streets / part / "images").iterdir():
+            Image.open(path).convert("RGB").save(streets / part / f"{path.stem}.bmp")
+        for path in (streets / part / "masks").iterdir():
+            path.rename(streets / part / path.name.replace(".png", ".PNG"))
+        shutil.rmtree(streets / part / "images"), shutil.rmtree(streets / part / "masks")
+        (streets / part).rename(streets / name)
+    lines = (streets / "groups.csv").read_text().splitlines()
+    (streets / "groups.csv").write_text("\n".join(
+        [lines[0], *(f"{line.split('.')[0]},{line.split(',')[1]}" for line in lines[1:])]))
+    flat = segments(streets)
+    assert torch.equal(flat.train.targets, nested.train.targets)
+    assert torch.equal(flat.test.images, nested.test.images)
+    assert torch.equal(flat.test.photos, nested.test.photos)
+
+
+def test_the_digest_is_of_names_and_bytes(streets):
+    first = segments(streets)
+    assert segments(streets, 16).digest == segments(streets, split="dev").digest == first.digest
+    assert first.digest == segments(streets.rename(streets.parent / "moved")).digest
+    moved = streets.parent / "moved"
+    (moved / "classes.txt").write_text((moved / "classes.txt").read_text().replace("sky", "air"))
+    assert segments(moved).digest != first.digest
+
+
+def test_what_is_passed_over_is_said(streets, capsys):
+    (streets / "val/images").mkdir(parents=True)
+    (streets / "train/images/notes.txt").write_text("")
+    (streets / "train/images/photo.heic").write_text("")
+    (streets / "train/images/.DS_Store").write_text("")
+    (streets / "train/images/Thumbs.db").write_text("")
+    segments(streets)
+    notes = capsys.readouterr().err
+    assert "val is passed over: only train/ and test/ are read" in notes
+    assert "notes.txt and 1 more: no image by the name, passed over" in notes
+    assert "Thumbs" not in notes and "DS_Store" not in notes
+
+
+# ---- splits ----
+
+
+
+@pytest.mark.parametrize("split", ["full", "dev"])
+@pytest.mark.parametrize("test", [True, False])
+def test_groups_never_part(tmp_path, split, test):
+    folder = make_streets(tmp_path / "set", groups=15, each=2, test=test)
+    dataset = segments(folder, split=split)
+    train, held = (set(split.photos.tolist()) for split in (dataset.train, dataset.test))
+    assert not train & held and dataset.held_out == ("val" if split == "dev" else "test")
+    assert all((split.photos.unique(return_counts=True)[1] == 2).all()
+               for split in (dataset.train, dataset.test))
+    expected = {("full", True): (10, 5), ("full", False): (12, 3), ("dev", True): (8, 2),
+                ("dev", False): (10, 2)}[split, test]
+    assert (len(train), len(held)) == expected
+
+
+def test_the_held_out_fifth_is_a_matter_of_names_alone(tmp_path):
+    items = [splits.Item(tmp_path / f"{i}.png", tmp_path / f"{i}-mask.png", f"train/images/{i}.png",
+                         f"group {i // 2}") for i in range(50)]
+    legend = labels.Legend(("a", "b"), labels.default_palette(2), {})
+    _, held = splits.hold_out(items, legend, "")
+    # sha256 of "group 0" to "group 24": these five are the smallest, on every machine
+    assert {item.group for item in held} == {f"group {i}" for i in (5, 8, 9, 11, 18)}
+    _, again = splits.hold_out(items[::-1], legend, "")
+    assert {item.group for item in again} == {item.group for item in held}
+
+
+def test_a_fifth_of_each_class_is_held_out(shapes):
+    dataset = folders.load(shapes, "classification", 16)
+    assert dataset.test.class_counts(4).tolist() == [1] * 4
+    assert dataset.train.class_counts(4).tolist() == [4] * 4
+    first = dataset.train.targets[:8].unique()  # in the order of digests, not class after class
+    assert len(first) > 1
+
+
+# ---- classification ----
+
+@pytest.mark.parametrize("grey", [True, False])
+def test_class_folders(tmp_path, grey):
+    dataset = folders.load(make_shapes(tmp_path / "set", 5, grey), "classification", 24)
+    assert dataset.classes == tuple(sorted(SHAPES)) and dataset.task == "classification"
+    assert dataset.train.images.shape == (16, 1 if grey else 3, 24, 24)
+    assert len(dataset.mean) == (1 if grey else 3) and dataset.palette is None
+
+
+def test_one_colour_image_makes_a_set_of_colours(tmp_path):
+    folder = make_shapes(tmp_path / "set", 5, grey=True)
+    Image.new("RGB", (9, 9), (255, 0, 0)).save(folder / "train/disc/000.png")
+    assert len(folders.load(folder, "classification", 8).mean) == 3
+
+
+def test_a_limit_keeps_images_of_every_class(tmp_path):
+    folder = make_shapes(tmp_path / "set", 25)
+    whole = folders.load(folder, "classification", 8)
+    few = folders.load(folder, "classification", 8, limit=20)
+    assert len(few.train) == 20 and (few.train.class_counts(4) > 0).all()
+    assert torch.equal(few.train.images, whole.train.images[:20]) and few.digest == whole.digest
+
+
+def test_a_link_to_another_place_is_the_users_own_affair(streets, tmp_path):
+    expected = segments(streets)
+    (streets / "train/images").rename(tmp_path / "elsewhere")
+    (streets / "train/images").symlink_to(tmp_path / "elsewhere")
+    assert segments(streets).digest == expected.digest
+
+
+def test_a_default_palette_has_a_colour_for_each_class():
+    for count in (2, 7, 60, 255):
+        assert len(set(labels.default_palette(count))) == count
+    with pytest.raises(BadInput, match="printable"):
+        labels.check_names(["a\nb"], "here")
