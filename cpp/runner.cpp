@@ -5,7 +5,7 @@
 //     cpp/runner MODEL --bench BATCH SIZE SECONDS THREADS   times of forward passes, as JSON
 //
 // Images are PNG, JPEG, PGM or PPM of any size; they are brought to the size that the model was
-// trained at, and masks back, as in predict.py. A mask is a palette PNG: a pixel's value is its class.
+// trained at, and masks back, as in predict.py. A mask is a palette PNG; its values are classes.
 
 #include <malloc.h>
 

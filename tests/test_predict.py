@@ -158,7 +158,8 @@ def seen_by(folder, channels, channel, size, suffix):
     """Its file, an .onnx or a .ts.pt, as export.py makes them."""
     grey = ",".join(f"{i:02x}" * 3 for i in range(256))
     about = {"input": "images", "classes": ",".join(map(str, range(256))), "palette": grey,
-             "stride": "1", "size": str(size), "mean": ",".join("0" * channels), "std": ",".join("1" * channels)}
+             "stride": "1", "size": str(size),
+             "mean": ",".join("0" * channels), "std": ",".join("1" * channels)}
     module, path = Seen(channel).eval(), folder / f"{channels}{channel}{suffix}"
     if suffix == ".onnx":
         images = torch.zeros(2, channels, 16, 16, dtype=torch.uint8)
