@@ -6,10 +6,11 @@
 
 Every form takes uint8 RGB (grey for Fashion-MNIST) images (N, C, H, W), any N, H and W multiples
 of the model's stride, and gives float32 logits. Normalisation is inside, BatchNorm is folded into
-the convolutions. A classifier's ONNX files have a second output, `maps`, float32 (N, classes, h, w):
-its class activation maps, whose sum over positions plus the classifier's bias are the logits (in the
-8-bit files to rounding). TorchScript and AOTInductor give the logits alone, as a tensor. Each says the size that the model was trained at: predict.py, the C++ program and
-interpret.py bring an image to it. Files, one each:
+the convolutions. A classifier's ONNX files have a second output, `maps`, float32 (N, classes, h,
+w): its class activation maps, whose sum over positions plus the classifier's bias are the logits
+(in the 8-bit files to rounding). TorchScript and AOTInductor give the logits alone, as a tensor.
+Each says the size that the model was trained at: predict.py, the C++ program and interpret.py
+bring an image to it. Files, one each:
 
     model.ts.pt            TorchScript, for Python and C++
     model.pt2              AOTInductor, compiled for the machine that makes it, for Python and C++
@@ -19,9 +20,9 @@ interpret.py bring an image to it. Files, one each:
     model.int8.ts.pt       8 bits in TorchScript, for Python and C++
     parity.json            how each compares with the trained model on the whole held-out split
 
-A float32 form counts only if its logits, and maps, are within 1e-4 of the model's, an 8-bit form if it loses
-at most half a point of MAP or accuracy. One that does not is named and not written, and the exit
-code is 1; the others are.
+A float32 form counts only if its logits, and maps, are within 1e-4 of the model's, an 8-bit form
+if it loses at most half a point of MAP or accuracy. One that does not is named and not written, and
+the exit code is 1; the others are.
 """
 
 # ruff: noqa: E402 -- predict runs where torch is not installed, so that torch is imported below it
