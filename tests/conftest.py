@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
+from made_set import make_shapes, make_streets
 from PIL import Image
 
 import data
@@ -56,6 +57,18 @@ def make_tiny_root(root: Path, train: int = 6, test: int = 3, size: int = 32) ->
             Image.fromarray(image).save(folder / f"eecs442_{i:04d}.jpg")
             Image.fromarray(mask).save(folder / f"eecs442_{i:04d}.png")
     return root
+
+
+@pytest.fixture
+def streets(tmp_path) -> Path:
+    """A set of one's own for segmentation, drawn."""
+    return make_streets(tmp_path / "streets", groups=6, each=2)
+
+
+@pytest.fixture
+def shapes(tmp_path) -> Path:
+    """A set of one's own for classification, drawn."""
+    return make_shapes(tmp_path / "shapes", each=5)
 
 
 def small_root(real: Path, root: Path) -> Path:

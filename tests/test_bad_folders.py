@@ -5,21 +5,11 @@ import shutil
 import numpy as np
 import pytest
 from conftest import refused
-from made_set import CLASSES, make_shapes, make_streets
+from made_set import CLASSES
 from PIL import Image
 from test_bad_data import dangling_link, replace_by_folder
 
 from lab import folders
-
-
-@pytest.fixture
-def streets(tmp_path):
-    return make_streets(tmp_path / "streets", groups=6, each=2)
-
-
-@pytest.fixture
-def shapes(tmp_path):
-    return make_shapes(tmp_path / "shapes", each=5)
 
 
 def write(name, text):

@@ -13,16 +13,6 @@ from lab.batches import VOID
 from lab.files import BadInput, mask_to
 
 
-@pytest.fixture
-def streets(tmp_path):
-    return make_streets(tmp_path / "streets", groups=6, each=2)
-
-
-@pytest.fixture
-def shapes(tmp_path):
-    return make_shapes(tmp_path / "shapes", each=5)
-
-
 def segments(folder, size=32, split="full"):
     return folders.load(folder, "segmentation", size, split)
 
