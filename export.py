@@ -6,10 +6,11 @@
 
 Every form takes uint8 RGB (grey for Fashion-MNIST) images (N, C, H, W), any N, H and W multiples
 of the model's stride, and gives float32 logits. Normalisation is inside, BatchNorm is folded into
-the convolutions. A classifier's ONNX files have a second output, `maps`, float32 (N, classes, h, w):
-its class activation maps, whose sum over positions plus the classifier's bias are the logits (in the
-8-bit files to rounding). TorchScript and AOTInductor give the logits alone, as a tensor. Each says the size that the model was trained at: predict.py, the C++ program and
-interpret.py bring an image to it. Files, one each:
+the convolutions. A classifier's ONNX files have a second output, `maps`, float32 (N, classes, h,
+w): its class activation maps, whose sum over positions plus the classifier's bias are the logits
+(in the 8-bit files to rounding). TorchScript and AOTInductor give the logits alone, as a tensor.
+Each says the size that the model was trained at: predict.py, the C++ program and interpret.py
+bring an image to it. Files, one each:
 
     model.ts.pt            TorchScript, for Python and C++
     model.pt2              AOTInductor, compiled for the machine that makes it, for Python and C++
@@ -19,9 +20,9 @@ interpret.py bring an image to it. Files, one each:
     model.int8.ts.pt       8 bits in TorchScript, for Python and C++
     parity.json            how each compares with the trained model on the whole held-out split
 
-A float32 form counts only if its logits, and maps, are within 1e-4 of the model's, an 8-bit form if it loses
-at most half a point of MAP or accuracy. One that does not is named and not written, and the exit
-code is 1; the others are.
+A float32 form counts only if its logits, and maps, are within 1e-4 of the model's, an 8-bit form
+if it loses at most half a point of MAP or accuracy. One that does not is named and not written, and
+the exit code is 1; the others are.
 """
 
 # ruff: noqa: E402 -- predict runs where torch is not installed, so that torch is imported below it
@@ -40,7 +41,6 @@ if __name__ == "__main__" and sys.argv[1:] and sys.argv[1] in ELSEWHERE:
     os.execv(sys.executable, [sys.executable, str(source / ELSEWHERE[sys.argv[1]]), *sys.argv[2:]])
 
 import copy
-import hashlib
 import importlib.util
 import tempfile
 import warnings
@@ -88,20 +88,6 @@ class Config:
         if name == "TorchScript int8" and not importlib.util.find_spec("torch.ao.quantization"):
             return False  # on its way out of torch
         return (self.aot or name != "AOTInductor") and (self.int8 or not FORMS[name].lossy)
-
-
-def describe(model: nn.Module, record: dict) -> dict[str, str]:
-    """What every form carries: plain text that needs no parser but a split at commas."""
-    about = record["about_data"]
-    palette = about["palette"] or ()
-    content = records.encoded(record)
-    join = lambda values: ",".join(map(str, values))
-    return {"input": forms.INPUT, "classes": join(about["classes"]),
-            "palette": join(bytes(colour).hex() for colour in palette),
-            "stride": str(model.stride), "size": str(about["size"]), "mean": join(about["mean"]),
-            "std": join(about["std"]), "data": about["name"],
-            "record_sha256": hashlib.sha256(content).hexdigest(),
-            "weights_sha256": record["weights_sha256"]}
 
 
 @dataclass(frozen=True)
@@ -152,13 +138,9 @@ class Maker:
 
 # ---- parity ----
 
-SCORES = {"classification": (metrics.classification, ("accuracy",)),
-          "segmentation": (metrics.segmentation, ("map", "wgap", "miou"))}
-
-
 def compare(logits: Tensor, exact: Tensor, dataset: Dataset) -> dict:
     """How a form's logits compare with the model's, and what it scores on the held-out split."""
-    score, keys = SCORES[dataset.task]
+    score, keys = metrics.SCORES[dataset.task]
     scores = score(logits, dataset.test.targets, dataset.classes)
     return forms.compare(logits, exact, {key: scores[key] for key in keys})
 
@@ -206,7 +188,7 @@ def prove(cfg: Config, maker: Maker, model: nn.Module, dataset: Dataset, batch: 
         if name == "ONNX" and hasattr(model, "activation_maps"):
             found["maps_max_difference"] = maps_difference(path, model, dataset, batch)
         show(name, found)
-        forms.gate(name, found, passed["eager"], SCORES[dataset.task][1][0])
+        forms.gate(name, found, passed["eager"], metrics.SCORES[dataset.task][1][0])
         return {"file": path.name, "bytes": path.stat().st_size, **found}
 
     for name in filter(cfg.asked, FORMS):
@@ -231,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     chosen = torch.linspace(0, len(dataset.train) - 1, min(cfg.calibration, len(dataset.train)))
     deployed = Deployed(fold_batchnorm(model), dataset.mean, dataset.std)
-    about = describe(model, record)
+    about = forms.describe(model, record)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         paths = {name: Path(folder, form.file) for name, form in FORMS.items()}
         maker = Maker(deployed, dataset.train.images[chosen.long()], about, paths, device)

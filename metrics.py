@@ -162,6 +162,11 @@ def segmentation(logits: Tensor, target: Tensor, names: list[str]) -> dict:
             "classes_counted": int((counts.sum(1) > 0).sum()), "images": len(target)}
 
 
+# {task: its metrics of a split, and those of them that sum it up, the first one first}
+SCORES = {"classification": (classification, ("accuracy",)),
+          "segmentation": (segmentation, ("map", "wgap", "miou"))}
+
+
 def class_table(columns: dict[str, dict[str, float | None]]) -> str:
     """Text table of percentages: {column: {class: fraction, or None if absent}} -> lines."""
     names = list(next(iter(columns.values())))

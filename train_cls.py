@@ -12,6 +12,7 @@ The same command goes on where a killed run stopped, and does nothing where it i
 """
 
 import sys
+import time
 import typing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -108,6 +109,7 @@ def per_image(logits: torch.Tensor, split: Split) -> dict[str, np.ndarray]:
 def main(argv: list[str] | None = None) -> None:
     cfg = cli.parse(Config, __doc__, argv, PROTOCOLS)
     join_group(cfg.device)
+    start = time.monotonic()
     root = find_root(cfg.data_root)
     if cfg.data:
         dataset = load_own(cfg.data, "classification", cfg.size or OWN_SIZE, cfg.split,
@@ -116,10 +118,12 @@ def main(argv: list[str] | None = None) -> None:
         dataset = load_composites(root, cfg.split, cfg.train_images, cfg.tie)
     else:
         dataset = load_fashion(root, cfg.split, cfg.train_images)
+    reading = time.monotonic() - start
     if cfg.plan:
         rows = cost.read_rows(argv, lambda row: cli.parse(Config, __doc__, row, PROTOCOLS))
         run = engine.Run(replace(rows[0], dry_run=True), dataset, models.build)
-        said = cost.describe(rows, run, dataset, models.build, models.cross_entropy, cfg.plan)
+        said = cost.describe(rows, run, dataset, models.build, models.cross_entropy, cfg.plan,
+                             reading)
         return sys.stdout.write(said)
     run = engine.Run(cfg, dataset, models.build, base_weights(cfg) if cfg.frozen else None)
     if cfg.frozen:

@@ -13,6 +13,7 @@ The same command goes on where a killed run stopped, and does nothing where it i
 import functools
 import math
 import sys
+import time
 import typing
 from dataclasses import asdict, dataclass, replace
 
@@ -72,14 +73,17 @@ PROTOCOLS = {
 def main(argv: list[str] | None = None) -> None:
     cfg = cli.parse(Config, __doc__, argv, PROTOCOLS)
     join_group(cfg.device)
+    start = time.monotonic()
     if cfg.data:
         dataset = load_own(cfg.data, "segmentation", cfg.size, cfg.split)
     else:
         dataset = load_facades(find_root(cfg.data_root), cfg.split, cfg.size)
+    reading = time.monotonic() - start
     if cfg.plan:
         rows = cost.read_rows(argv, lambda row: cli.parse(Config, __doc__, row, PROTOCOLS))
         run = engine.Run(replace(rows[0], dry_run=True), dataset, models.build)
-        said = cost.describe(rows, run, dataset, models.build, models.cross_entropy, cfg.plan)
+        said = cost.describe(rows, run, dataset, models.build, models.cross_entropy, cfg.plan,
+                             reading)
         return sys.stdout.write(said)
     run = engine.Run(cfg, dataset, models.build)
     if run.record is None:

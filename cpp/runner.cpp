@@ -1,11 +1,11 @@
 // Runs an exported model in C++: masks or classes of images, or its speed. `make runner` builds it.
 //
-//     cpp/runner MODEL IMAGES...                            MODEL is a .ts.pt or a .pt2 that export.py made
+//     cpp/runner MODEL IMAGES...                            MODEL: a .ts.pt or .pt2 of export.py
 //     cpp/runner MODEL --out FOLDER IMAGES...               masks go to FOLDER (predictions)
 //     cpp/runner MODEL --bench BATCH SIZE SECONDS THREADS   times of forward passes, as JSON
 //
 // Images are PNG, JPEG, PGM or PPM of any size; they are brought to the size that the model was
-// trained at, and masks back, as in predict.py. A mask is a palette PNG whose pixel value is the class.
+// trained at, and masks back, as in predict.py. A mask is a palette PNG: a pixel's value is its class.
 
 #include <malloc.h>
 
@@ -40,7 +40,8 @@ void write_mask(const Tensor& mask, const std::vector<std::string>& palette, con
                     .colormap_entries = png_uint_32(palette.size())};
     std::vector<uint8_t> colours;
     for (const auto& colour : palette)
-        for (int i = 0; i < 6; i += 2) colours.push_back(std::stoi(colour.substr(i, 2), nullptr, 16));
+        for (int i = 0; i < 6; i += 2)
+            colours.push_back(std::stoi(colour.substr(i, 2), nullptr, 16));
     fs::path half = path;
     half += ".tmp";  // a reader never sees half a mask
     fs::remove(half);  // a link that someone put there would be followed
@@ -55,15 +56,17 @@ void write_mask(const Tensor& mask, const std::vector<std::string>& palette, con
 std::pair<std::function<Tensor(const Tensor&)>, Metadata> load(const std::string& path) {
     if (path.ends_with(".pt2")) {
         auto loader = std::make_shared<torch::inductor::AOTIModelPackageLoader>(path);
-        return {[loader](const Tensor& images) { return loader->run({images})[0]; }, loader->get_metadata()};
+        return {[loader](const Tensor& images) { return loader->run({images})[0]; },
+                loader->get_metadata()};
     }
-    Metadata about{{"classes", ""}, {"palette", ""}, {"stride", ""}, {"size", ""}, {"mean", ""}, {"data", ""}};
+    Metadata about{{"classes", ""}, {"palette", ""}, {"stride", ""},
+                   {"size", ""}, {"mean", ""}, {"data", ""}};
     auto module = std::make_shared<torch::jit::Module>(torch::jit::load(path, torch::kCPU, about));
     return {[module](const Tensor& images) { return module->forward({images}).toTensor(); }, about};
 }
 
-// KiB: "VmRSS:" what this process holds now, "VmHWM:" the most that it ever held. Not getrusage, which counts what
-// the parent process held when it started this one.
+// KiB: "VmRSS:" what this process holds now, "VmHWM:" the most that it ever held. Not getrusage,
+// which counts what the parent process held when it started this one.
 long memory(const std::string& which) {
     std::ifstream status("/proc/self/status");
     for (std::string line; std::getline(status, line);)
@@ -71,7 +74,8 @@ long memory(const std::string& which) {
     return 0;
 }
 
-void bench(const std::function<Tensor(const Tensor&)>& model, int channels, char** how, long before) {
+void bench(const std::function<Tensor(const Tensor&)>& model, int channels, char** how,
+           long before) {
     const int batch = std::stoi(how[0]), size = std::stoi(how[1]);
     const double least = std::stod(how[2]);
     at::set_num_threads(std::stoi(how[3]));
@@ -82,7 +86,8 @@ void bench(const std::function<Tensor(const Tensor&)>& model, int channels, char
     while (total < least || seconds.size() < 5) {
         const auto start = std::chrono::steady_clock::now();
         model(images);
-        seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+        const auto end = std::chrono::steady_clock::now();
+        seconds.push_back(std::chrono::duration<double>(end - start).count());
         total += seconds.back();
     }
     std::cout << "{\"peak_mb\": " << (memory("VmHWM:") - before) / 1024 << ", \"seconds\": [";
@@ -92,7 +97,8 @@ void bench(const std::function<Tensor(const Tensor&)>& model, int channels, char
 
 int run(int argc, char** argv) {
     if (argc < 3)
-        throw Error("usage: runner MODEL [--out FOLDER] IMAGES... | --bench BATCH SIZE SECONDS THREADS");
+        throw Error("usage: runner MODEL [--out FOLDER] IMAGES... | "
+                    "--bench BATCH SIZE SECONDS THREADS");
     mallopt(M_MMAP_THRESHOLD, 1 << 30);  // keep large tensors' pages between passes
     mallopt(M_TRIM_THRESHOLD, 1 << 30);
     const long before = memory("VmRSS:");
@@ -102,7 +108,8 @@ int run(int argc, char** argv) {
     if (classes.empty()) throw Error(std::string(argv[1]) + " is no model that export.py made");
     const int channels = split(about["mean"]).size(), stride = std::stoi(about["stride"]);
     if (about["size"].empty())
-        throw Error(std::string(argv[1]) + " does not say the size it was trained at: export it anew");
+        throw Error(std::string(argv[1]) +
+                    " does not say the size it was trained at: export it anew");
     const int size = std::stoi(about["size"]);
     if ((channels != 1 && channels != 3) || stride < 1 || stride > 64 || size < 1 ||
         size > 1 << 13 || size % stride)
@@ -129,11 +136,13 @@ int run(int argc, char** argv) {
         const Tensor logits = model(pixels.unsqueeze(0))[0];
         if (palette.empty()) {
             const auto [odds, best] = logits.softmax(0).max(0);
-            std::printf("%s: %s %.1f %%\n", argv[i], classes.at(best.item<int64_t>()).c_str(), 100 * odds.item<float>());
+            std::printf("%s: %s %.1f %%\n", argv[i], classes.at(best.item<int64_t>()).c_str(),
+                        100 * odds.item<float>());
             continue;
         }
         const fs::path path = out / fs::path(argv[i]).stem().concat(".png");
-        if (!written.insert(path).second) throw Error("two images would both write " + path.string());
+        if (!written.insert(path).second)
+            throw Error("two images would both write " + path.string());
         fs::create_directories(out);
         const Tensor mask = logits.argmax(0).to(torch::kUInt8);
         write_mask(mask_to(mask, image.size(0), image.size(1)), palette, path);
@@ -145,7 +154,7 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
     try {
         return run(argc, argv);
-    } catch (const std::exception& error) {  // torch appends a stack trace: the first line says what is wrong
+    } catch (const std::exception& error) {  // torch appends a stack trace: one line says it all
         std::string message = error.what();
         std::cerr << "error: " << message.substr(0, message.find('\n')) << "\n";
         return 2;

@@ -46,8 +46,12 @@ def step_seconds(run: engine.Run, loss: Callable) -> float:
 
 
 def describe(rows: list[engine.Settings], run: engine.Run, dataset: Dataset, build: engine.Build,
-             loss: Callable, seeds: int) -> str:
-    """Lines that say what rows of `seeds` runs each take; `run` is a dry run of the first."""
+             loss: Callable, seeds: int, reading: float) -> str:
+    """Lines that say what rows of `seeds` runs each take.
+
+    `run` is a dry run of the first; reading, the seconds that it took to read the data, which every
+    run does.
+    """
     shape, classes = dataset.train.images.shape[1:], len(dataset.classes)
     work = []
     for row in rows:
@@ -58,15 +62,16 @@ def describe(rows: list[engine.Settings], run: engine.Run, dataset: Dataset, bui
     each = step_seconds(run, loss) / len(run.data.train)
     # an evaluation has the forward pass alone, a third of a step
     first = each * (base.epochs * images + (images + len(dataset.test)) / 3)
+    runs = [reading + first * one / work[0] for one in work]
     step = memory(run.device) - before
     widest = max(row.width / base.width for row in rows)  # a step's memory grows as it does
     stored = needed_memory(dataset)
     free = host_memory() if (found := free_memory(run.device)) is None else found
     return (f"{dataset.name}: {images} training and {len(dataset.test)} {dataset.held_out} images; "
             f"{len(rows)} rows of {seeds} runs, {base.epochs} epochs each\n"
-            f"time: about {span(first * seeds * sum(work) / work[0])}, one run after another "
-            f"({span(first)} for a run of the first row, {span(first * max(work) / work[0])} for "
-            f"one of the slowest)\n"
+            f"time: about {span(seeds * sum(runs))}, one run after another ({span(runs[0])} for a "
+            f"run of the first row, {span(max(runs))} for one of the slowest, {span(reading)} of "
+            f"each to read the data)\n"
             f"memory: about {(before + step + stored) / 1e9:.1f} GB a run, "
             f"{(before + widest * step + stored) / 1e9:.1f} GB for one of the widest; "
             f"{free / 1e9:.1f} GB are free\n")

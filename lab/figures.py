@@ -182,8 +182,8 @@ def draw_shares(pixels: np.ndarray, names: tuple[str, ...], palette: np.ndarray,
                 data: str) -> Figure:
     """Each class's share of the training pixels (classes,), in its colour, uint8 (classes, 3)."""
     figure, ax = subplots(figsize=(5, 0.9 + 0.3 * len(names)))
-    bars = ax.barh([*map(literal, names)], 100 * pixels / pixels.sum(), color=palette / 255, edgecolor="black",
-                   linewidth=0.6)
+    bars = ax.barh([*map(literal, names)], 100 * pixels / pixels.sum(), color=palette / 255,
+                   edgecolor="black", linewidth=0.6)
     ax.bar_label(bars, fmt="%.1f %%", padding=3)
     ax.invert_yaxis()
     ax.set_xlim(0, 118 * pixels.max() / pixels.sum())

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,7 +204,8 @@ def read_pair(path: Path, content: bytes, mask_path: Path, mask_content: bytes, 
 
 def in_threads(function: Callable, items: list, what: str) -> Iterable:
     """function(item) of each, in order, a few at a time: decoded images are large."""
-    with ThreadPoolExecutor(READERS) as pool:
+    # what ignores warnings in a thread may leave them ignored in all
+    with warnings.catch_warnings(), ThreadPoolExecutor(READERS) as pool:
         parts = (pool.map(function, items[i:i + READERS]) for i in range(0, len(items), READERS))
         yield from progress(itertools.chain.from_iterable(parts), what, len(items), "images")
 

@@ -6,6 +6,7 @@ plain text. Nothing here knows which network it is, nor what its classes are.
 """
 
 import copy
+import hashlib
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 from torch import Tensor, nn
 
+from lab import records
 from lab.files import BadInput
 from lab.progress import progress
 
@@ -54,6 +56,20 @@ class ParityError(FloatingPointError):
 
 
 # ---- writing ----
+
+def describe(model: nn.Module, record: dict) -> dict[str, str]:
+    """What every form says of a run's network: plain text that a split at commas reads."""
+    about = record["about_data"]
+    palette = about["palette"] or ()
+    content = records.encoded(record)
+    join = lambda values: ",".join(map(str, values))
+    return {"input": INPUT, "classes": join(about["classes"]),
+            "palette": join(bytes(colour).hex() for colour in palette),
+            "stride": str(model.stride), "size": str(about["size"]), "mean": join(about["mean"]),
+            "std": join(about["std"]), "data": about["name"],
+            "record_sha256": hashlib.sha256(content).hexdigest(),
+            "weights_sha256": record["weights_sha256"]}
+
 
 def write_torchscript(module: nn.Module, about: dict[str, str], path: Path) -> None:
     torch.jit.save(torch.jit.freeze(torch.jit.script(module)), str(path), _extra_files=dict(about))

@@ -4,9 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import refused
 from made_set import CLASSES, make_shapes, make_streets
 from PIL import Image
-from test_bad_input import dangling_link, refused, replace_by_folder
+from test_bad_data import dangling_link, replace_by_folder
 
 from lab import folders
 

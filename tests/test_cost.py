@@ -4,9 +4,8 @@ import io
 import re
 
 import pytest
-from conftest import run
+from conftest import refused, run
 from made_set import make_shapes, make_streets
-from test_bad_input import refused
 
 from lab import cost
 

@@ -261,8 +261,9 @@ def test_a_planted_fault_in_a_measurement_is_seen(train, facades, tmp_path, monk
     base = train("table1")
     plant(monkeypatch, "lab.equivariance.fourier_shift", "(height, device=x.device)", "(height)")
     with posing.posing(), pytest.raises(RuntimeError, match="at least two devices"):
-        interpret.main(["measure", "--checkpoint", str(base / "seed0.pt"), "--out", str(tmp_path / "measured"),
-                        "--device", "cuda", "--sweep-images", "2", "--data-root", str(facades)])
+        interpret.main(["measure", "--checkpoint", str(base / "seed0.pt"), "--device", "cuda",
+                        "--sweep-images", "2", "--data-root", str(facades),
+                        "--out", str(tmp_path / "measured")])
 
 
 def test_a_real_gpu_is_watched_in_its_steps_alone(facades, tmp_path, monkeypatch):

@@ -107,7 +107,8 @@ def test_the_first_minutes_on_a_cpu(root, tmp_path):
     begun = time.monotonic()
     done = subprocess.run(
         ["make", "gpu", "DEVICE=cpu", "PROTOCOL=smoke", "SECONDS=40", f"PY={sys.executable}",
-         f"RESULTS={tmp_path}/results/smoke"], cwd=provenance.SOURCE, capture_output=True, text=True,
+         f"RESULTS={tmp_path}/results/smoke"],
+        cwd=provenance.SOURCE, capture_output=True, text=True,
         env={**os.environ, "DATA_ROOT": str(root), "PYTHONPATH": f"{tmp_path}/bare"})
     assert time.monotonic() - begun < 50
     verdicts = re.findall(r"^ (\d)  (.+?)  +(passed|failed|skipped)  ?(.+)$", done.stdout, re.M)

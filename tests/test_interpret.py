@@ -6,56 +6,59 @@ import shutil
 import subprocess
 import sys
 
+import conftest
 import numpy as np
 import pytest
 import torch
+from conftest import run, run_seg
 from PIL import Image
 
 import data
 import interpret
 import models
 import study
-import train_cls
-import train_seg
 from lab import cli, equivariance, figures, files, panels, progress, provenance
 
 
 @pytest.fixture
 def trained(tiny_root, tmp_path):
-    argv = ["--protocol", "smoke", "--size", "32", "--width", "4", "--device", "cpu", "--data-root", str(tiny_root)]
-    assert cli.guard(lambda: train_seg.main([*argv, "--out", str(tmp_path)])) == 0
+    assert run_seg(tiny_root, tmp_path) == 0
     return tmp_path / "seed0.pt"
 
 
 @pytest.fixture
 def surrogates(fashion_root, tmp_path):
     """A base model and both surrogates, tiny: their seed0.pt by name."""
-    runs = {"base": [], "frozen": ["--composites", "--frozen", "--base", f"{tmp_path}/base/seed0.pt", "--epochs", "1"],
-            "scratch": ["--composites", "--tie", "0.9"], "stride": ["--down", "stride"]}
+    base = tmp_path / "base/seed0.pt"
+    runs = {"base": [], "frozen": ["--composites", "--frozen", "--base", base, "--epochs", 1],
+            "scratch": ["--composites", "--tie", 0.9], "stride": ["--down", "stride"]}
     for name, flags in runs.items():
-        argv = ["--protocol", "smoke", "--train-images", "256", "--device", "cpu", "--data-root", str(fashion_root)]
-        assert cli.guard(lambda: train_cls.main([*argv, *flags, "--out", str(tmp_path / name)])) == 0
+        conftest.trained("train_cls", tmp_path / name, "--train-images", 256, *flags,
+                         root=fashion_root)
     return {name: tmp_path / name / "seed0.pt" for name in runs}
 
 
 def draw(*flags):
-    return cli.guard(lambda: interpret.main([*map(str, flags), "--device", "cpu"]))
+    return run("interpret", *flags)
 
 
 def draw_study(results):
-    assert cli.guard(lambda: study.main(["figures", "--protocol", "smoke", "--results", str(results)])) == 0
+    argv = ["figures", "--protocol", "smoke", "--results", str(results)]
+    assert cli.guard(lambda: study.main(argv)) == 0
 
 
 def test_segmentation_figure(trained, tiny_root, tmp_path):
-    assert draw("--checkpoint", trained, "--data-root", tiny_root, "--figure", tmp_path / "new/figure.png") == 0
-    picture = np.asarray(Image.open(tmp_path / "new/figure.png"))
-    assert picture.shape[0] > 800 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 500
+    path = tmp_path / "new/figure.png"
+    assert draw("--checkpoint", trained, "--data-root", tiny_root, "--figure", path) == 0
+    picture = np.asarray(Image.open(path))
+    assert picture.shape[0] > 800
+    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 500
 
 
 def test_classification_figure(fashion_root, tmp_path):
-    argv = ["--protocol", "smoke", "--device", "cpu", "--data-root", str(fashion_root), "--out", str(tmp_path)]
-    assert cli.guard(lambda: train_cls.main(argv)) == 0
-    assert draw("--checkpoint", tmp_path / "seed0.pt", "--data-root", fashion_root, "--figure", tmp_path / "f.png") == 0
+    conftest.trained("train_cls", tmp_path, root=fashion_root)
+    assert draw("--checkpoint", tmp_path / "seed0.pt", "--data-root", fashion_root,
+                "--figure", tmp_path / "f.png") == 0
     assert (tmp_path / "f.png").stat().st_size > 10_000
 
 
@@ -76,7 +79,8 @@ def test_rows_are_the_best_the_median_and_the_worst(tiny_root):
     logits = 9.0 * torch.nn.functional.one_hot(dataset.test.targets.long(), 5).movedim(-1, 1)
     figure = panels.draw_segmentation(dataset, logits, [1.0, 0.4, 1.0], "MAP 50.0 %, WGAP 25.0 %")
     labels = [ax.get_ylabel().split("\n") for ax in figure.axes[::4]]
-    assert [label[0].split(":")[0] for label in labels] == ["best", "median", "next to worst", "worst"]
+    assert [label[0].split(":")[0] for label in labels] == [
+        "best", "median", "next to worst", "worst"]
     assert labels[0][1] == "mean IoU 100 %" and labels[-1][0] == "worst: no. 1"
     assert [ax.get_title() for ax in figure.axes[:4]] == ["image", "truth", "prediction", "errors"]
     assert figure.get_suptitle() == "mini facade, 3 test images: MAP 50.0 %, WGAP 25.0 %"
@@ -110,7 +114,8 @@ def test_maps_sum_to_the_logits():
 
 def test_attention_in_a_cell_by_hand():
     maps = torch.zeros(3, 4, 4)
-    maps[0, 0, 3] = 3.0  # top right, beside 1 of mass bottom left and a negative value that counts for nothing
+    # top right, beside 1 of mass bottom left and a negative value that counts for nothing
+    maps[0, 0, 3] = 3.0
     maps[0, 2, 0], maps[0, 3, 3] = 1.0, -5.0
     maps[1, 3, 3] = 2.0
     maps[2] = -1.0  # positive nowhere
@@ -121,8 +126,9 @@ def test_attention_in_a_cell_by_hand():
 def test_fourier_shift_is_a_roll_and_between_pixels_exact():
     x = torch.randn(2, 3, 14, 14)
     assert torch.allclose(equivariance.fourier_shift(x, 3, -2), x.roll((3, -2), (2, 3)), atol=1e-5)
-    wave = lambda shift: torch.cos(2 * torch.pi * 3 * (torch.arange(14.0) - shift) / 14).expand(1, 1, 14, 14)
-    assert torch.allclose(equivariance.fourier_shift(wave(0), 0, 0.25), wave(0.25), atol=1e-5)
+    angle = lambda shift: 2 * torch.pi * 3 * (torch.arange(14.0) - shift) / 14
+    wave, moved = (torch.cos(angle(shift)).expand(1, 1, 14, 14) for shift in (0, 0.25))
+    assert torch.allclose(equivariance.fourier_shift(wave, 0, 0.25), moved, atol=1e-5)
 
 
 @pytest.mark.parametrize("down", ["maxpool", "stride", "blurpool"])
@@ -140,8 +146,8 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
     monkeypatch.setattr(progress, "EVERY", 0)  # what takes long says how far it is, at every step
 
     def measure(name, seed_folder):
-        flags = ("measure", "--checkpoint", surrogates[name], "--out", seed_folder, "--images", 40, "--sweep-images", 2)
-        assert draw(*flags, "--data-root", fashion_root) == 0
+        assert draw("measure", "--checkpoint", surrogates[name], "--out", seed_folder,
+                    "--images", 40, "--sweep-images", 2, "--data-root", fashion_root) == 0
 
     folder = tmp_path / "results/smoke/attention"
     measure("frozen", folder / "frozen-tie0")
@@ -149,16 +155,17 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
     measure("scratch", folder / "scratch-tie0.9")
     record = json.loads((folder / "frozen-tie0/seed0.json").read_text())
     scores, arrays = record["metrics"]["test"], np.load(folder / "frozen-tie0/seed0.npz")
-    base = files.read_checkpoint(surrogates["base"])["record"]
-    assert record["trained"]["features_sha256"] and record["trained"]["weights_sha256"] != base["weights_sha256"]
+    base, trained = files.read_checkpoint(surrogates["base"])["record"], record["trained"]
+    assert trained["features_sha256"] and trained["weights_sha256"] != base["weights_sha256"]
     assert arrays["sweep_accuracy"].shape == (29, 29) and arrays["sweep_consistency"][0, 0] == 1
     assert scores["accuracy"] == (arrays["prediction"] == arrays["target"]).mean()
     # a shift by a whole side is the garment in the other cell, with the same digits in other cells
     assert len(arrays["cell1_minus_cell0"]) == 40 and len(arrays["shifted_minus_whole"]) == 2
-    assert scores["cell1_minus_cell0"] == pytest.approx(scores["accuracy_cell1"] - scores["accuracy_cell0"])
-    assert "sweep_accuracy" not in scores and "cell1_minus_cell0" not in np.load(
-        folder / "scratch-tie0.9/seed0.npz")
-    assert "sweep_accuracy" not in np.load(folder / "scratch-tie0.9/seed0.npz")
+    gap = scores["accuracy_cell1"] - scores["accuracy_cell0"]
+    assert scores["cell1_minus_cell0"] == pytest.approx(gap)
+    assert "sweep_accuracy" not in scores
+    of_scratch = np.load(folder / "scratch-tie0.9/seed0.npz")
+    assert not {"cell1_minus_cell0", "sweep_accuracy"} & set(of_scratch)
     before = (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns
     measure("frozen", folder / "frozen-tie0")
     assert (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns == before  # made once
@@ -174,8 +181,8 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
 
 
 def test_figure1_shows_right_and_wrong_grids_of_both(surrogates, fashion_root, tmp_path):
-    flags = ["attention", "--frozen", surrogates["frozen"], "--scratch", surrogates["scratch"], "--data-root", fashion_root]
-    assert draw(*flags, "--figure", tmp_path / "figure1.png") == 0
+    assert draw("attention", "--frozen", surrogates["frozen"], "--scratch", surrogates["scratch"],
+                "--data-root", fashion_root, "--figure", tmp_path / "figure1.png") == 0
     assert (tmp_path / "figure1.png").stat().st_size > 50_000
 
 
@@ -183,9 +190,9 @@ def test_ones_own_images(surrogates, trained, tmp_path, capsys):
     for i, size in enumerate([(40, 90), (64, 64)]):
         image, _ = data.synthetic_facade(i, 96)
         Image.fromarray(image[:size[0], :size[1]]).save(tmp_path / f"own{i}.png")
+    files, own = [tmp_path / f"own{i}.png" for i in range(2)], ("--figure", tmp_path / "own.png")
     for checkpoint in (surrogates["base"], trained):
-        files = [tmp_path / f"own{i}.png" for i in range(2)]
-        assert draw("--checkpoint", checkpoint, "--image", *files, "--figure", tmp_path / "own.png") == 0
+        assert draw("--checkpoint", checkpoint, "--image", *files, *own) == 0
         assert (tmp_path / "own.png").stat().st_size > 20_000
     assert "others: " in capsys.readouterr().out
     many = [files[i % 2] for i in range(2 * figures.PAGE + 1)]
@@ -198,10 +205,11 @@ def test_ones_own_images(surrogates, trained, tmp_path, capsys):
     (tmp_path / "broken.png").write_text("no image")
     assert draw("--checkpoint", trained, "--image", tmp_path / "broken.png") == 2
     assert "broken.png cannot be read as an image" in capsys.readouterr().err
-    Image.new("L", (1, 700)).save(tmp_path / "thin.png")  # stretched to the training size, like any other
-    assert draw("--checkpoint", trained, "--image", tmp_path / "thin.png", "--figure", tmp_path / "own.png") == 0
-    files[0].rename(tmp_path / r"$\frac{$.png")  # no formula
-    assert draw("--checkpoint", trained, "--image", tmp_path / r"$\frac{$.png", "--figure", tmp_path / "own.png") == 0
+    thin, formula = tmp_path / "thin.png", tmp_path / r"$\frac{$.png"
+    Image.new("L", (1, 700)).save(thin)  # stretched to the training size, like any other
+    files[0].rename(formula)  # which is none
+    for image in (thin, formula):
+        assert draw("--checkpoint", trained, "--image", image, *own) == 0
 
 
 def test_a_large_photo_is_drawn_at_the_size_of_its_panel():
@@ -214,11 +222,13 @@ def test_a_large_photo_is_drawn_at_the_size_of_its_panel():
 
 def test_the_architecture_is_read_off_the_modules():
     blocks = interpret.traced(models.HourGlass(1, 2), (3, 32, 32))
-    assert [block["kind"] for block in blocks] == ["stem", *["down"] * 4, "bottleneck", *["up"] * 4, "1x1 head"]
+    assert [block["kind"] for block in blocks] == [
+        "stem", *["down"] * 4, "bottleneck", *["up"] * 4, "1x1 head"]
     assert [block["shape"][0] for block in blocks] == [2, 2, 4, 8, 16, 16, 8, 4, 2, 2, 5]
     assert [block["shape"][1] for block in blocks] == [32, 32, 16, 8, 4, 2, 4, 8, 16, 32, 32]
     assert [block["joins"] for block in blocks] == [None] * 6 + [4, 3, 2, 1] + [None]
-    assert not any(block["joins"] for block in interpret.traced(models.HourGlass(1, 2, inter_skip=False), (3, 32, 32)))
+    apart = interpret.traced(models.HourGlass(1, 2, inter_skip=False), (3, 32, 32))
+    assert not any(block["joins"] for block in apart)
 
 
 def test_differences_show_ours_and_the_reports(tmp_path):
@@ -226,12 +236,13 @@ def test_differences_show_ours_and_the_reports(tmp_path):
         np.savez(tmp_path / f"{value}.npz", accuracy=np.full(9, value))
         return {"metrics": {"test": {"accuracy": value}}, "curve": {"loss": [1.0]},
                 "path": str(tmp_path / f"{value}.json")}
-    rows = {"maxpool-2-32": {0: record(0.9), 1: record(0.9)}, "stride-2-32": {0: record(0.88), 1: record(0.89)},
-            "my-own": {0: record(0.95)}}
+    rows = {"maxpool-2-32": {0: record(0.9), 1: record(0.9)},
+            "stride-2-32": {0: record(0.88), 1: record(0.89)}, "my-own": {0: record(0.95)}}
     ax = study.draw_table(rows, "table1")["table1.png"].axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["stride-2-32", "my-own"]
-    drawn = sorted(round(float(line.get_xdata()[0]), 2) for line in ax.lines if line.get_marker() in ("o", "D"))
-    assert drawn == [-1.5, -1.15, 5.0]  # ours, the report's, and a row that the report does not have
+    drawn = sorted(round(float(line.get_xdata()[0]), 2) for line in ax.lines
+                   if line.get_marker() in ("o", "D"))
+    assert drawn == [-1.5, -1.15, 5.0]  # ours, the report's, and a row that it does not have
 
 
 def test_refusals(trained, tiny_root, tmp_path, capsys):
@@ -239,19 +250,22 @@ def test_refusals(trained, tiny_root, tmp_path, capsys):
         assert draw(*flags) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "nothing.pt is not there: `make interpret` trains" in message("attention", "--frozen", tmp_path / "nothing.pt")
-    assert "measure takes classifiers" in message("measure", "--checkpoint", trained, "--out", tmp_path)
+    nothing, half = tmp_path / "nothing.pt", tmp_path / "half.pt"
+    said = message("attention", "--frozen", nothing)
+    assert "nothing.pt is not there: `make interpret` trains" in said
+    said = message("measure", "--checkpoint", trained, "--out", tmp_path)
+    assert "measure takes classifiers" in said
     assert "measure needs --checkpoint" in message("measure", "--checkpoint", trained)
     assert "is no surrogate" in message("attention", "--frozen", trained)
-    assert "nothing.pt: No such file" in message("--checkpoint", tmp_path / "nothing.pt")
+    assert "nothing.pt: No such file" in message("--checkpoint", nothing)
     (tmp_path / "empty").mkdir()
     said = message("--checkpoint", trained, "--data-root", tmp_path / "empty")
     assert "the checkpoint was trained on mini facade" in said
     state = torch.load(trained, weights_only=True)
     del state["record"]
-    torch.save(state, tmp_path / "half.pt")
-    assert "half.pt is of an unfinished run (epoch 2)" in message("--checkpoint", tmp_path / "half.pt")
-    assert "must end in .png" in message("--checkpoint", trained, "--figure", tmp_path / "figure.xyz")
+    torch.save(state, half)
+    assert "half.pt is of an unfinished run (epoch 2)" in message("--checkpoint", half)
+    assert "must end in .png" in message("--checkpoint", trained, "--figure", tmp_path / "a.xyz")
 
 
 def test_one_command_at_a_time(trained, tmp_path, capsys):
@@ -259,15 +273,18 @@ def test_one_command_at_a_time(trained, tmp_path, capsys):
     assert draw("measure", "--checkpoint", trained, "--out", tmp_path, "--image", "x.png") == 2
     assert "unrecognized arguments: --image" in capsys.readouterr().err
     assert draw() == 2
-    assert "or a command, one of predictions, attention, measure, architecture" in capsys.readouterr().err
+    commands = "predictions, attention, measure, architecture"
+    assert f"or a command, one of {commands}" in capsys.readouterr().err
 
 
 def test_the_architecture_is_drawn(tmp_path):
-    assert cli.guard(lambda: interpret.main(["architecture", "--figure", str(tmp_path / "a.png")])) == 0
+    argv = ["architecture", "--figure", str(tmp_path / "a.png")]
+    assert cli.guard(lambda: interpret.main(argv)) == 0
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_surrogates_are_found_by_what_they_are_not_by_their_folders_name():
     of = lambda frozen, tie: {0: {"config": {"frozen": frozen, "tie": tie, "seed": 0}}}
     rows = {"mine": of(True, 0.0), "another": of(False, 0.9)}
-    assert study.surrogates(rows) == {("frozen", 0.0): rows["mine"], ("scratch", 0.9): rows["another"]}
+    assert study.surrogates(rows) == {("frozen", 0.0): rows["mine"],
+                                      ("scratch", 0.9): rows["another"]}

@@ -40,23 +40,26 @@ def test_average_precision_is_scikit_learns(device, elements, dtype, pairs):
     n = pairs.draw(st.integers(1, 60))
     scores = pairs.draw(hnp.arrays(dtype, n, elements=elements))
     positive = pairs.draw(hnp.arrays(bool, n))
-    found = metrics.average_precision(torch.from_numpy(scores).to(device), torch.from_numpy(positive).to(device))
-    assert same(found, oracle(scores, positive))
+    on_device = (torch.from_numpy(values).to(device) for values in (scores, positive))
+    assert same(metrics.average_precision(*on_device), oracle(scores, positive))
 
 
 @pytest.mark.parametrize("scores, positive", [
-    ([0.3] * 7, [1, 0, 0, 1, 0, 0, 0]), ([0.1, 0.2, 0.3], [1, 1, 1]), ([0.1, 0.2, 0.3], [0, 0, 0]), ([0.5], [1]),
-    ([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0])], ids=["constant", "all positive", "no positive", "one", "mixed"])
+    ([0.3] * 7, [1, 0, 0, 1, 0, 0, 0]), ([0.1, 0.2, 0.3], [1, 1, 1]),
+    ([0.1, 0.2, 0.3], [0, 0, 0]), ([0.5], [1]), ([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0])],
+    ids=["constant", "all positive", "no positive", "one", "mixed"])
 def test_average_precision_corners(scores, positive):
     scores, positive = np.array(scores), np.array(positive, dtype=bool)
-    assert same(metrics.average_precision(torch.tensor(scores), torch.tensor(positive)), oracle(scores, positive))
+    found = metrics.average_precision(torch.tensor(scores), torch.tensor(positive))
+    assert same(found, oracle(scores, positive))
 
 
 def test_average_precision_by_hand():
-    # ranks 1 and 3 are hits: (1/1 + 2/3) / 2; then a tie of one hit and one miss enters together: 1/2
-    assert metrics.average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True])) == \
-        pytest.approx((1 + 2 / 3) / 2, abs=1e-15)
-    assert metrics.average_precision(torch.tensor([0.5, 0.5]), torch.tensor([True, False])) == 0.5
+    of = lambda scores, hits: metrics.average_precision(torch.tensor(scores), torch.tensor(hits))
+    # ranks 1 and 3 are hits; then a tie of one hit and one miss enters together
+    found = of([0.9, 0.8, 0.7], [True, False, True])
+    assert found == pytest.approx((1 / 1 + 2 / 3) / 2, abs=1e-15)
+    assert of([0.5, 0.5], [True, False]) == 1 / 2
 
 
 def test_average_precision_of_many_tied_pixels():
@@ -70,8 +73,9 @@ def test_average_precision_of_many_tied_pixels():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_upcast_exactly(dtype):
     scores, positive = torch.rand(500).to(dtype), torch.rand(500) < 0.3
-    assert metrics.average_precision(scores, positive) == metrics.average_precision(scores.float(), positive)
-    assert same(metrics.average_precision(scores, positive), oracle(scores.float().numpy(), positive.numpy()))
+    found = metrics.average_precision(scores, positive)
+    assert found == metrics.average_precision(scores.float(), positive)
+    assert same(found, oracle(scores.float().numpy(), positive.numpy()))
 
 
 @pytest.mark.parametrize("scores, positive, message", [
@@ -92,7 +96,8 @@ def test_segmentation_against_scikit_learn():
     torch.manual_seed(0)
     logits, target = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
     found = metrics.segmentation(logits, target, NAMES)
-    probs, flat = logits.softmax(1).permute(0, 2, 3, 1).reshape(-1, 3).numpy(), target.reshape(-1).numpy()
+    probs = logits.softmax(1).permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+    flat = target.reshape(-1).numpy()
     for c, name in enumerate(NAMES):
         assert abs(found["ap"][name] - average_precision_score(flat == c, probs[:, c])) <= 1e-12
         raw = logits[:, c].reshape(-1).numpy()
@@ -100,9 +105,11 @@ def test_segmentation_against_scikit_learn():
     assert found["map"] == pytest.approx(sum(found["ap"].values()) / 3)
     assert found["wgap"] == min(found["ap"].values())
     prediction = logits.argmax(1).reshape(-1).numpy()
-    assert list(found["iou"].values()) == pytest.approx(jaccard_score(flat, prediction, average=None).tolist())
+    iou = jaccard_score(flat, prediction, average=None)
+    assert list(found["iou"].values()) == pytest.approx(iou.tolist())
     assert found["pixel_accuracy"] == pytest.approx((prediction == flat).mean())
-    assert metrics.confusion(logits.argmax(1), target, 3).tolist() == confusion_matrix(flat, prediction).tolist()
+    counts = metrics.confusion(logits.argmax(1), target, 3)
+    assert counts.tolist() == confusion_matrix(flat, prediction).tolist()
     assert found["classes_counted"] == 3 and found["images"] == 4
 
 
@@ -128,21 +135,24 @@ def test_classification_by_hand():
     logits = torch.tensor([[2.0, 1, 0], [0, 2, 1], [2, 0, 1], [0, 0, 1]])
     found = metrics.classification(logits, torch.tensor([0, 1, 1, 1], dtype=torch.uint8), NAMES)
     assert found["accuracy"] == 0.5 and found["images"] == 4
-    assert found["class_accuracy"]["a"] == 1 and found["class_accuracy"]["b"] == pytest.approx(1 / 3)
-    assert math.isnan(found["class_accuracy"]["c"])
+    of_class = found["class_accuracy"]
+    assert of_class["a"] == 1 and of_class["b"] == pytest.approx(1 / 3)
+    assert math.isnan(of_class["c"])
     assert found["confusion"] == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
 
 
 def test_counts_are_exact_past_2_to_the_24():
     n = 2**24 + 3
-    counts = metrics.confusion(torch.zeros(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8), 2)
+    zeros = torch.zeros(n, dtype=torch.uint8)
+    counts = metrics.confusion(zeros, zeros, 2)
     assert counts.tolist() == [[n, 0], [0, 0]]
 
 
 def test_histograms_per_photo_give_the_average_precision_of_any_resample():
     torch.manual_seed(0)
     target = torch.randint(0, 3, (6, 16, 16))
-    logits = torch.randn(6, 3, 16, 16) * 2 + 3 * torch.nn.functional.one_hot(target, 3).movedim(-1, 1)
+    truth = torch.nn.functional.one_hot(target, 3).movedim(-1, 1)
+    logits = torch.randn(6, 3, 16, 16) * 2 + 3 * truth
     probs, photo = logits.softmax(1), torch.tensor([9, 4, 9, 7, 4, 9])
     found = metrics.score_histograms(probs, target, photo)
     assert found["groups"].tolist() == [4, 7, 9]
@@ -151,13 +161,15 @@ def test_histograms_per_photo_give_the_average_precision_of_any_resample():
     for draw in ([0, 1, 2], [0, 0, 2], [1, 1, 1]):  # photos drawn with repetition, and their images
         images = torch.cat([(photo == found["groups"][i]).nonzero().flatten() for i in draw])
         exact = metrics.average_precisions(probs[images], target[images])
-        binned = metrics.binned_average_precision(found["hits"][draw].sum(0), found["misses"][draw].sum(0))
+        hits, misses = (found[name][draw].sum(0) for name in ("hits", "misses"))
+        binned = metrics.binned_average_precision(hits, misses)
         assert binned.tolist() == pytest.approx(exact, abs=2e-3)
 
 
 def test_binned_average_precision_by_hand():
     hits, misses = np.zeros((2, 4)), np.zeros((2, 4))
-    hits[0, 3], hits[0, 1], misses[0, 1], misses[1, 0] = 2, 2, 2, 5  # two hits, then two of each mixed
+    hits[0, 3], hits[0, 1], misses[0, 1] = 2, 2, 2  # two hits, then two of each mixed
+    misses[1, 0] = 5
     found = metrics.binned_average_precision(hits, misses)
     assert found[0] == pytest.approx((2 * 2 / 2 + 2 * 3 / 4) / 4) and math.isnan(found[1])
 

@@ -1,18 +1,16 @@
-"""Every row's network: size, shapes, what its switch removes, gradients, scripting, export; the losses."""
-
-import math
+"""Every row's network: size, shapes, what its switch removes, gradients, scripting, export."""
 
 import pytest
 import torch
 from torch import nn
 
 import models
-from lab import forms, provenance
-from lab.deployed import fold_batchnorm
+from lab import provenance
 from lab.files import BadInput
 from models import HourGlass, UNet, VGGResNet
 
-# every network of the two tables: its class, its arguments, and its parameters where no formula below gives them
+# every network of the two tables: its class, its arguments, and its number of parameters where no
+# formula below gives it
 ROWS = {
     "maxpool-2-32": (VGGResNet, dict(), 686_858),
     "stride-2-32": (VGGResNet, dict(down="stride"), None),
@@ -41,8 +39,8 @@ ROWS = {
 
 
 def block_parameters(cin, cout, stride, skip, norm):
-    """By hand: two 3x3 convolutions, the 1x1 projection, and two values a channel per BatchNorm (one per bias)."""
-    each = 2 * cout if norm else cout
+    """By hand: two 3x3 convolutions, the 1x1 projection, two values a channel per BatchNorm."""
+    each = 2 * cout if norm else cout  # or a bias
     total = 9 * cin * cout + 9 * cout * cout + 2 * each
     return total + (cin * cout + each if skip and (cin != cout or stride != 1) else 0)
 
@@ -60,7 +58,8 @@ def vgg_parameters(depth=2, width=32, down="maxpool", skip=True, norm=True, **_)
 def hourglass_parameters(hourglasses=2, width=32, intra_skip=True, norm=True, **_):
     block = lambda cin, cout: block_parameters(cin, cout, 1, intra_skip, norm)
     ladder = [width] + [width * 2**level for level in range(4)]  # b, b, 2b, 4b, 8b
-    one = sum(block(a, b) + block(b, a) for a, b in zip(ladder, ladder[1:])) + block(ladder[-1], ladder[-1])
+    one = sum(block(a, b) + block(b, a) for a, b in zip(ladder, ladder[1:]))
+    one += block(ladder[-1], ladder[-1])
     return block(3, width) + hourglasses * one + 5 * width + 5
 
 
@@ -108,8 +107,8 @@ def test_shapes_gradients_and_finite_loss(row):
 
 
 # rows that differ from another in width or dropout alone have its graph
-@pytest.mark.parametrize("row", sorted(set(ROWS) - {"stride-2-16", "stride-2-64", "hourglass-2-16", "hourglass-2-64",
-                                                    "no-dropout"}))
+@pytest.mark.parametrize("row", sorted(set(ROWS) - {
+    "stride-2-16", "stride-2-64", "hourglass-2-16", "hourglass-2-64", "no-dropout"}))
 def test_scripts_and_exports(row):
     model, x = make(row, width=32 if "transformer" in row else 8)
     model.eval()
@@ -122,13 +121,15 @@ def test_scripts_and_exports(row):
 
 
 @pytest.mark.parametrize("model, good, bad", [
-    (VGGResNet(width=8), (56, 28), (30, 28)), (VGGResNet(width=32, depth=1, block="transformer"), (32, 56), (28, 27)),
+    (VGGResNet(width=8), (56, 28), (30, 28)),
+    (VGGResNet(width=32, depth=1, block="transformer"), (32, 56), (28, 27)),
     (HourGlass(1, 8), (16, 48), (40, 48)), (UNet(8), (32, 16), (32, 0))])
 def test_sizes(model, good, bad):
     channels = 1 if isinstance(model, VGGResNet) else 3
     out = model.eval()(torch.randn(1, channels, *good))
     assert isinstance(model, VGGResNet) or out.shape[-2:] == good
-    with pytest.raises(ValueError, match=f"{bad[0]}x{bad[1]}: height and width must be multiples of {model.stride}"):
+    said = f"{bad[0]}x{bad[1]}: height and width must be multiples of {model.stride}"
+    with pytest.raises(ValueError, match=said):
         model(torch.randn(1, channels, *bad))
 
 
@@ -136,14 +137,18 @@ def kinds(model):
     return [type(module) for module in model.modules()]
 
 
+def convolutions(model):
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
 @pytest.mark.parametrize("row", ["stride-2-32-nobn", "no-bn"])
 def test_no_bn_removes_every_norm_and_gives_biases(row):
     model, _ = make(row)
     assert not {nn.BatchNorm2d, nn.LayerNorm} & set(kinds(model))
-    assert all(module.bias is not None for module in model.modules() if isinstance(module, nn.Conv2d))
+    assert all(conv.bias is not None for conv in convolutions(model))
     base, _ = make("stride-2-32" if isinstance(model, VGGResNet) else "standard")
     assert nn.BatchNorm2d in kinds(base)
-    assert [m.bias is None for m in base.modules() if isinstance(m, nn.Conv2d)].count(False) <= 1  # the head's
+    assert sum(conv.bias is not None for conv in convolutions(base)) <= 1  # the head's
 
 
 def test_no_activation_leaves_an_affine_network_only_without_max_pooling():
@@ -154,7 +159,8 @@ def test_no_activation_leaves_an_affine_network_only_without_max_pooling():
 
     assert bend(*make("stride-2-32-noact", width=8)) < 1e-9
     assert bend(*make("stride-2-32", width=8)) > 1e-4
-    assert bend(VGGResNet(width=8, act="none"), torch.randn(2, 1, 28, 28)) > 1e-4  # max-pooling bends it
+    max_pooled = VGGResNet(width=8, act="none")
+    assert bend(max_pooled, torch.randn(2, 1, 28, 28)) > 1e-4
     model, _ = make("no-act")
     assert not {nn.ReLU, nn.GELU} & set(kinds(model))
 
@@ -165,10 +171,11 @@ def test_gelu_replaces_every_relu():
 
 
 def test_down_switch():
-    for down, pools, strides in (("maxpool", 2, 0), ("stride", 0, 4)):  # a strided block: its conv and its projection
+    # a strided block: its first convolution and its projection
+    for down, pools, strides in (("maxpool", 2, 0), ("stride", 0, 4)):
         model = VGGResNet(down=down)
         assert kinds(model).count(nn.MaxPool2d) == pools
-        assert sum(m.stride == (2, 2) for m in model.modules() if isinstance(m, nn.Conv2d)) == strides
+        assert sum(conv.stride == (2, 2) for conv in convolutions(model)) == strides
 
 
 def test_blurpool_is_a_max_and_a_binomial_filter():
@@ -177,7 +184,8 @@ def test_blurpool_is_a_max_and_a_binomial_filter():
     dense = torch.nn.functional.max_pool2d(padded, 2, 1)
     binomial = torch.outer(torch.tensor([1.0, 2, 1]), torch.tensor([1.0, 2, 1])) / 16
     blurred = torch.nn.functional.conv2d(dense, binomial.expand(3, 1, 3, 3), stride=2, groups=3)
-    assert torch.allclose(models.BlurPool()(x), blurred, atol=1e-6) and blurred.shape == (2, 3, 4, 6)
+    assert blurred.shape == (2, 3, 4, 6)
+    assert torch.allclose(models.BlurPool()(x), blurred, atol=1e-6)
 
 
 def test_frozen_features_stay_as_they_are_while_the_classifier_learns():
@@ -189,15 +197,15 @@ def test_frozen_features_stay_as_they_are_while_the_classifier_learns():
         model.train()
         models.cross_entropy(model(torch.randn(8, 1, 28, 28)), torch.arange(8)).backward()
         optimizer.step()
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {name for name, tensor in model.state_dict().items()
+               if not torch.equal(tensor, before[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
 def silence(module):
     """Make every convolution of a block put out zero."""
-    for conv in module.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.zeros_(conv.weight)
+    for conv in convolutions(module):
+        nn.init.zeros_(conv.weight)
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -217,12 +225,15 @@ def test_inter_skip_is_what_carries_the_encoder_past_a_silent_bottleneck(inter_s
 
 
 def test_intra_skip_switch_reaches_every_block():
-    assert all(m.skip for m in HourGlass().modules() if isinstance(m, models.ResidualBlock))
-    assert not any(m.skip for m in HourGlass(intra_skip=False).modules() if isinstance(m, models.ResidualBlock))
+    for skip in (True, False):
+        found = {block.skip for block in HourGlass(intra_skip=skip).modules()
+                 if isinstance(block, models.ResidualBlock)}
+        assert found == {skip}
 
 
 def test_dropout_sits_at_each_bottleneck():
-    assert [m.p for m in HourGlass(3, 8, dropout=0.3).modules() if isinstance(m, nn.Dropout)] == [0.3] * 3
+    model = HourGlass(3, 8, dropout=0.3)
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.3] * 3
 
 
 def test_unet_concatenates():
@@ -232,19 +243,20 @@ def test_unet_concatenates():
 
 
 def test_build_makes_what_the_settings_say():
-    settings = dict(arch="hourglass", hourglasses=1, width=8, intra_skip=False, inter_skip=False, norm=False,
-                    act="gelu", dropout=0.1)
+    settings = dict(arch="hourglass", hourglasses=1, width=8, intra_skip=False, inter_skip=False,
+                    norm=False, act="gelu", dropout=0.1)
     assert count(models.build(settings, 3, 5)) == hourglass_parameters(1, 8, False, False)
     assert isinstance(models.build({**settings, "arch": "unet"}, 3, 5), UNet)
-    settings = dict(depth=1, width=8, down="stride", skip=False, norm=True, act="none", block="residual")
+    settings = dict(depth=1, width=8, down="stride", skip=False, norm=True, act="none",
+                    block="residual")
     assert count(models.build(settings, 1, 10)) == vgg_parameters(1, 8, "stride", False)
 
 
 def test_build_takes_channels_and_classes_from_the_data_and_defaults_for_what_is_missing():
-    for settings in (dict(arch="hourglass"), dict(arch="unet", width=8, dropout=0.5), dict(width=8, epochs=3)):
+    for settings in (dict(arch="hourglass"), dict(arch="unet", width=8, dropout=0.5),
+                     dict(width=8, epochs=3)):
         model = models.build(settings, 2, 7)
-        shape = (1, 2, 32, 32)
-        assert model(torch.zeros(shape)).shape[1] == 7
+        assert model(torch.zeros(1, 2, 32, 32)).shape[1] == 7
     assert count(models.build({}, 1, 10)) == count(VGGResNet())
 
 
@@ -252,125 +264,6 @@ def test_multiply_adds_by_hand():
     conv = nn.Conv2d(3, 8, 3, padding=1)
     assert provenance.multiply_adds(conv, torch.Size([3, 10, 10])) == 9 * 3 * 8 * 100
     assert provenance.multiply_adds(models.VGGResNet(), torch.Size([1, 28, 28])) == 73_308_416
-
-
-# ---- losses, against values worked out by hand ----
-
-def test_cross_entropy_by_hand():
-    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])  # probabilities 1/4 3/4, 1/2 1/2
-    target = torch.tensor([0, 1], dtype=torch.uint8)
-    assert models.cross_entropy(logits, target).item() == pytest.approx((math.log(4) + math.log(2)) / 2)
-    weight = torch.tensor([1.0, 3.0])  # the weighted mean divides by the weights' sum
-    assert models.cross_entropy(logits, target, weight).item() == pytest.approx((math.log(4) + 3 * math.log(2)) / 4)
-
-
-def test_losses_on_images_equal_losses_on_their_pixels():
-    logits, target = torch.randn(2, 5, 4, 6), torch.randint(0, 5, (2, 4, 6))
-    rows, flat = logits.permute(0, 2, 3, 1).reshape(-1, 5), target.reshape(-1)
-    weight = torch.rand(5)
-    torch.testing.assert_close(models.cross_entropy(logits, target, weight), models.cross_entropy(rows, flat, weight))
-    torch.testing.assert_close(models.dice_loss(logits, target), models.dice_loss(rows, flat))
-
-
-def test_dice_by_hand():
-    big = 50.0  # softmax of (50, 0) is (1, 0) in float32
-    logits = torch.tensor([[big, 0], [big, 0], [0, big], [0, big]])
-    target = torch.tensor([0, 0, 0, 1])
-    # class 0: overlap 2, masses 2 and 3: 4/5; class 1: overlap 1, masses 2 and 1: 2/3
-    assert models.dice_loss(logits, target).item() == pytest.approx(1 - (4 / 5 + 2 / 3) / 2)
-
-
-def test_dice_scores_an_all_background_prediction_low_and_leaves_absent_classes_out():
-    background = torch.zeros(1, 5, 8, 8)
-    background[:, 0] = 50
-    target = torch.zeros(1, 8, 8, dtype=torch.long)
-    assert models.dice_loss(background, target).item() == pytest.approx(0)  # classes 1-4 are absent: not scored
-    target[0, 0, 0], target[0, 0, 1] = 1, 2
-    assert models.dice_loss(background, target).item() > 0.6  # two of three present classes are missed
-
-
-def test_losses_take_half_precision_logits_in_float32():
-    logits = (torch.randn(4, 5, 8, 8) * 50).bfloat16()
-    target = torch.randint(0, 5, (4, 8, 8))
-    for loss in (models.cross_entropy, models.dice_loss):
-        value = loss(logits, target)
-        assert value.dtype == torch.float32
-        assert torch.equal(value, loss(logits.float(), target))
-
-
-def test_class_weights_by_hand():
-    counts = torch.tensor([16, 4, 0])
-    assert models.class_weights(counts, 1.0).tolist() == pytest.approx([1 / 5 * 3, 4 / 5 * 3, 0])
-    assert models.class_weights(counts, 0.5).tolist() == pytest.approx([1 / 3 * 3, 2 / 3 * 3, 0])
-    assert models.class_weights(torch.full((5,), 7), 1.0).tolist() == pytest.approx([1] * 5)
-
-
-# ---- deployment ----
-
-def randomise(model):
-    """Running statistics and affine weights as after training: fresh ones would make any folding right."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in ((module.running_mean, -1, 1), (module.running_var, 0.5, 2),
-                                      (module.weight.data, 0.5, 1.5), (module.bias.data, -1, 1)):
-                tensor.uniform_(low, high)
-    return model.eval()
-
-
-@pytest.mark.parametrize("model, shape", [
-    (models.HourGlass(1, 8), (2, 3, 32, 48)), (models.UNet(8), (2, 3, 32, 32)),
-    (models.HourGlass(1, 8, norm=False), (1, 3, 16, 16)), (models.VGGResNet(2, 8, "stride"), (3, 1, 28, 28)),
-    (models.VGGResNet(1, 8, block="transformer"), (3, 1, 28, 28))])
-def test_folded_batchnorm_equals_batchnorm(model, shape):
-    x = torch.randn(shape)
-    with torch.inference_mode():
-        exact, folded = randomise(model)(x), fold_batchnorm(model)
-        assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-        torch.testing.assert_close(folded(x), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
-        assert torch.equal(model(x), exact)  # the model itself is as it was
-
-
-@pytest.mark.parametrize("model, shape", [
-    (HourGlass(1, 8), (4, 3, 32, 48)), (UNet(8), (4, 3, 32, 32)),
-    (HourGlass(1, 8, intra_skip=False, norm=False, act="gelu"), (4, 3, 16, 16)),
-    (VGGResNet(2, 8, "blurpool"), (4, 1, 28, 28)), (VGGResNet(1, 8, block="transformer"), (4, 1, 28, 28))])
-def test_8_bits_are_near_the_model_and_the_layers_named_stay_in_float(model, shape):
-    x = torch.randn(shape)
-    folded = fold_batchnorm(randomise(model))
-    weights = lambda model: [module.weight.tolist() for module in model.modules() if type(module) is nn.Conv2d]
-    with torch.inference_mode():
-        for in_float, kept in ([], []), (forms.convolutions(folded)[:1], weights(folded)[:1]):
-            found = forms.to_int8(folded, x, in_float)
-            assert weights(found) == kept
-            assert 0 < (found(x) - folded(x)).norm() / folded(x).norm() < 0.2
-
-
-# ---- void pixels ----
-
-LOSSES = {"ce": models.cross_entropy, "dice": models.dice_loss,
-          "wce": lambda *args: models.cross_entropy(*args, weight=torch.tensor([0.5, 1, 3]))}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_with_void_is_that_of_the_labelled_pixels_alone(name):
-    torch.manual_seed(0)
-    logits, target = torch.randn(2, 3, 4, 6, requires_grad=True), torch.randint(0, 3, (2, 4, 6))
-    void = target.where(torch.rand(2, 4, 6) < 0.6, models.VOID).to(torch.uint8)
-    labelled = void != models.VOID
-    found = LOSSES[name](logits, void)
-    rows = logits.movedim(1, -1)[labelled], target[labelled]
-    assert found.item() == pytest.approx(LOSSES[name](*rows).item(), rel=1e-6)
-    found.backward()
-    assert (logits.grad.movedim(1, -1)[~labelled] == 0).all()
-    assert (logits.grad.movedim(1, -1)[labelled] != 0).any(1).all()
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_batch_of_void_alone_has_no_gradient(name):
-    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    loss = LOSSES[name](logits, torch.full((2, 4, 4), models.VOID, dtype=torch.uint8))
-    loss.backward()
-    assert loss.item() in (0, 1) and (logits.grad == 0).all()
 
 
 def test_a_network_takes_its_own_switches_alone(monkeypatch):
@@ -383,5 +276,6 @@ def test_a_network_takes_its_own_switches_alone(monkeypatch):
     defaults = {"arch": "vgg-resnet", "depth": 2, "lr": 0.1}
     assert isinstance(models.build({"arch": "linear", "depth": 2}, 1, 10), Linear)
     models.refuse_settings_of_others({"arch": "linear", "depth": 2, "lr": 0.5}, defaults)
-    with pytest.raises(BadInput, match="--depth switches another network; --arch linear takes no switch"):
+    said = "--depth switches another network; --arch linear takes no switch"
+    with pytest.raises(BadInput, match=said):
         models.refuse_settings_of_others({"arch": "linear", "depth": 3, "lr": 0.1}, defaults)

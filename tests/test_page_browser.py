@@ -123,7 +123,7 @@ def session(file):
 
 
 def expected(image, down, kind, tie):
-    """Probabilities (10,) and maps (10, 14, 14) of ONNX Runtime in Python; None: no such network."""
+    """Probabilities (10,), maps (10, 14, 14) of ONNX Runtime in Python; None: no such network."""
     for one in INDEX["files"]:
         for network in one["networks"]:
             if (network.get("down"), network["kind"], network.get("tie")) == (down, kind, tie):

@@ -1,4 +1,4 @@
-"""predict.py and the C++ program: the same bytes out of a file, at the size of training, and the masks back."""
+"""predict.py and the C++ program: the same bytes of a file, at the training size; masks back."""
 
 import json
 import os
@@ -12,13 +12,12 @@ import onnx
 import pictures
 import pytest
 import torch
-from conftest import make_tiny_root
+from conftest import make_tiny_root, run
 from PIL import Image
 
 import data
-import interpret
 import metrics
-from lab import cli, forms
+from lab import forms
 from lab.files import colours, mask_to, read_image, to_size
 
 REPO = Path(__file__).parents[1]
@@ -53,7 +52,8 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for i, size in enumerate([(50, 37), (32, 32), (90, 70)]):
-        Image.fromarray(data.synthetic_facade(i, 96)[0]).crop((0, 0, *size)).save(folder / f"{i}.png")
+        drawn = Image.fromarray(data.synthetic_facade(i, 96)[0])
+        drawn.crop((0, 0, *size)).save(folder / f"{i}.png")
     return sorted(folder.iterdir())
 
 
@@ -67,14 +67,17 @@ def test_predict_needs_no_torch(seg, tmp_path, photos):
     for path in photos:
         image, mask = np.array(Image.open(path)), Image.open(tmp_path / "out" / path.name)
         logits = form(torch.from_numpy(to_size(image, 32)).permute(2, 0, 1)[None])
-        assert np.array_equal(np.asarray(mask), mask_to(logits[0].argmax(0).numpy(), *image.shape[:2]))
+        expected = mask_to(logits[0].argmax(0).numpy(), *image.shape[:2])
+        assert np.array_equal(np.asarray(mask), expected)
         assert mask.mode == "P" and tuple(mask.getpalette()[3:6]) == data.FACADE_PALETTE[1]
 
 
 def test_predict_through_export(seg, tmp_path, photos):
-    done = subprocess.run([sys.executable, REPO / "export.py", "predict", "--model", seg / "seed0/model.onnx", "--out",
-                           tmp_path / "out", photos[0]], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == f"{photos[0]} -> {tmp_path}/out/0.png\n", done.stderr
+    done = subprocess.run([sys.executable, REPO / "export.py", "predict",
+                           "--model", seg / "seed0/model.onnx", "--out", tmp_path / "out",
+                           photos[0]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{photos[0]} -> {tmp_path}/out/0.png\n"
 
 
 def test_classes_of_equal_file_names(cls, runner, tmp_path, fashion_root):
@@ -85,19 +88,20 @@ def test_classes_of_equal_file_names(cls, runner, tmp_path, fashion_root):
         paths[-1].parent.mkdir(exist_ok=True)
         Image.fromarray(dataset.test.images[i, 0].numpy()).save(paths[-1])
     probabilities = forms.open_form(cls / "seed0/model.ts.pt")(dataset.test.images[:20]).softmax(1)
-    expected = [f"{path}: {dataset.classes[p.argmax()]} {100 * p.max():.1f} %" for path, p in zip(paths, probabilities)]
+    expected = [f"{path}: {dataset.classes[p.argmax()]} {100 * p.max():.1f} %"
+                for path, p in zip(paths, probabilities)]
     assert predict("--model", cls / "seed0/model.onnx", *paths).stdout.splitlines() == expected
     assert cpp(runner, cls / "seed0/model.ts.pt", *paths) == expected
 
 
 def test_every_tool_sees_the_same_class(cls, runner, tmp_path, capsys):
     """A garment of 300 pixels is the garment of 28 that it was made of, in colours or not."""
-    pairs = [("0_Boot_grey.png", "0_Boot_300px.png"), ("12_Sneaker_red.png", "12_Sneaker_green.jpg")]
-    paths = [CASES / name for pair in pairs for name in pair]
+    paths = [CASES / name for name in ("0_Boot_grey.png", "0_Boot_300px.png",
+                                       "12_Sneaker_red.png", "12_Sneaker_green.jpg")]
     lines = predict("--model", cls / "seed0/model.onnx", *paths).stdout.splitlines()
     assert len(lines) == 4 and cpp(runner, cls / "seed0/model.ts.pt", *paths) == lines
-    argv = ["--checkpoint", cls / "seed0.pt", "--image", *paths, "--figure", tmp_path / "own.png", "--device", "cpu"]
-    assert cli.guard(lambda: interpret.main([*map(str, argv)])) == 0
+    assert run("interpret", "--checkpoint", cls / "seed0.pt", "--image", *paths,
+               "--figure", tmp_path / "own.png") == 0
     said = capsys.readouterr().out.splitlines()
     answers = [re.fullmatch(r"(.*: \w[\w-]+) ([\d.]+) %", line).groups() for line in lines]
     assert [name.split()[-1] for name, _ in answers[:2]] == ["Boot", "Boot"]
@@ -108,23 +112,30 @@ def test_every_tool_sees_the_same_class(cls, runner, tmp_path, capsys):
 
 def test_predict_refusals(seg, tmp_path, photos):
     (tmp_path / "text.png").write_text("no image")
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), tmp_path / "other.onnx")
+    empty = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(empty), tmp_path / "other.onnx")
     model = seg / "seed0/model.onnx"
-    for name, key, value in (("odd", "stride", "0"), ("early", "size", None), ("uneven", "size", "40")):
+    for name, key, value in (("odd", "stride", "0"), ("early", "size", None),
+                             ("uneven", "size", "40")):
         changed = onnx.load(model)
         entry = next(entry for entry in changed.metadata_props if entry.key == key)
-        changed.metadata_props.remove(entry) if value is None else setattr(entry, "value", value)
+        if value is None:
+            changed.metadata_props.remove(entry)
+        else:
+            entry.value = value
         onnx.save(changed, tmp_path / f"{name}.onnx")
     no_model = "is no model that export.py made ("
-    for argv, message in (((), "required: --model, images"), (("--model", "nothing.onnx", "x"), f"nothing.onnx {no_model}"),
-                          (("--model", tmp_path / "other.onnx", "x"), f"other.onnx {no_model}"),
-                          (("--model", tmp_path / "odd.onnx", "x"), f"odd.onnx {no_model}its description is damaged)"),
-                          (("--model", tmp_path / "uneven.onnx", "x"), f"{no_model}its size is damaged)"),
-                          (("--model", tmp_path / "early.onnx", "x"), "does not say the size it was trained at: export"),
-                          (("--model", model, tmp_path / "text.png"), "text.png cannot be read as an image"),
-                          (("--model", model, "nothing.png"), "nothing.png cannot be read as an image"),
-                          (("--model", model, "a/x.png", "b/x.jpg"), "would both write predictions/x.png")):
-        done = predict(*argv)
+    for argv, message in (
+            ((), "required: --model, images"),
+            (("nothing.onnx", "x"), f"nothing.onnx {no_model}"),
+            ((tmp_path / "other.onnx", "x"), f"other.onnx {no_model}"),
+            ((tmp_path / "odd.onnx", "x"), f"odd.onnx {no_model}its description is damaged)"),
+            ((tmp_path / "uneven.onnx", "x"), f"{no_model}its size is damaged)"),
+            ((tmp_path / "early.onnx", "x"), "does not say the size it was trained at: export"),
+            ((model, tmp_path / "text.png"), "text.png cannot be read as an image"),
+            ((model, "nothing.png"), "nothing.png cannot be read as an image"),
+            ((model, "a/x.png", "b/x.jpg"), "would both write predictions/x.png")):
+        done = predict(*(("--model", *argv) if argv else ()))
         assert done.returncode == 2 and done.stdout == ""
         assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
 
@@ -132,7 +143,7 @@ def test_predict_refusals(seg, tmp_path, photos):
 # ---- the same bytes out of a file, in Python and in C++ ----
 
 class Seen(torch.nn.Module):
-    """A network that shows what it is given: the class of each pixel is the value of one channel."""
+    """A network that shows what it is given: a pixel's class is the value of one channel."""
 
     def __init__(self, channel: int):
         super().__init__()
@@ -146,8 +157,8 @@ class Seen(torch.nn.Module):
 def seen_by(folder, channels, channel, size, suffix):
     """Its file, an .onnx or a .ts.pt, as export.py makes them."""
     grey = ",".join(f"{i:02x}" * 3 for i in range(256))
-    about = {"input": "images", "classes": ",".join(map(str, range(256))), "palette": grey, "stride": "1",
-             "size": str(size), "mean": ",".join("0" * channels), "std": ",".join("1" * channels)}
+    about = {"input": "images", "classes": ",".join(map(str, range(256))), "palette": grey,
+             "stride": "1", "size": str(size), "mean": ",".join("0" * channels), "std": ",".join("1" * channels)}
     module, path = Seen(channel).eval(), folder / f"{channels}{channel}{suffix}"
     if suffix == ".onnx":
         images = torch.zeros(2, channels, 16, 16, dtype=torch.uint8)
@@ -159,7 +170,7 @@ def seen_by(folder, channels, channel, size, suffix):
 
 @pytest.mark.parametrize("height, width, size", [(48, 48, 48), (37, 50, 64), (130, 77, 48)])
 def test_cpp_and_python_see_the_same_bytes(runner, tmp_path, height, width, size):
-    """Every kind of file, at its own size, made larger and made smaller: each channel's bytes, and none other."""
+    """Every kind of file, at its own size, made larger and smaller: each channel's bytes alone."""
     kinds = pictures.every_kind(tmp_path / "kinds", height, width)
     for channels, channel in ((3, 0), (3, 1), (3, 2), (1, 0)):
         script = seen_by(tmp_path, channels, channel, size, ".ts.pt")
@@ -197,12 +208,13 @@ def by_hand(path, size, form):
     """A photo brought to the size, its classes at that size and, brought back, at its own."""
     image = colours(read_image(path), 3)
     with torch.inference_mode():
-        labels = form(torch.from_numpy(to_size(image, size)).permute(2, 0, 1)[None])[0].argmax(0).byte().numpy()
+        pixels = torch.from_numpy(to_size(image, size)).permute(2, 0, 1)
+        labels = form(pixels[None])[0].argmax(0).byte().numpy()
     return labels, mask_to(labels, *image.shape[:2])
 
 
 def test_masks_of_files_are_those_by_hand_and_score_as_the_record(sized, runner, tmp_path):
-    """Photos of 256 pixels for a network of 64, of 1024 for one of 128, and of the other size too."""
+    """Photos of 256 pixels for a network of 64, of 1024 for one of 128, and the other way round."""
     folder, size, side = sized
     record = json.loads((folder / "seed0.json").read_text())
     other = make_tiny_root(tmp_path / "other", 0, 3, 1024 if side == 256 else 256)
@@ -210,11 +222,12 @@ def test_masks_of_files_are_those_by_hand_and_score_as_the_record(sized, runner,
     for root in (folder / "root", other):
         photos = sorted((root / "mini_facade/test_dev").glob("*.jpg"))
         assert len(photos) == 3
-        done = predict("--model", folder / "seed0/model.onnx", "--out", tmp_path / root.name / "python", *photos)
+        out = tmp_path / root.name
+        done = predict("--model", folder / "seed0/model.onnx", "--out", out / "python", *photos)
         assert done.returncode == 0, done.stderr
-        cpp(runner, folder / "seed0/model.ts.pt", "--out", tmp_path / root.name / "cpp", *photos)
+        cpp(runner, folder / "seed0/model.ts.pt", "--out", out / "cpp", *photos)
         for tool in ("python", "cpp"):
-            found, brought = masks(tmp_path / root.name / tool), []
+            found, brought = masks(out / tool), []
             for photo in photos:
                 labels, mask = by_hand(photo, size, form)
                 assert found[f"{photo.stem}.png"].shape == mask.shape
@@ -222,8 +235,9 @@ def test_masks_of_files_are_those_by_hand_and_score_as_the_record(sized, runner,
                 brought.append(mask_to(found[f"{photo.stem}.png"], size, size))
             if root.name == "root":
                 targets = data.load_facades(root, size=size).test.targets
-                logits = torch.nn.functional.one_hot(torch.from_numpy(np.stack(brought)).long(), 5).permute(0, 3, 1, 2)
-                score = metrics.segmentation(logits.float(), targets, data.FACADE_CLASSES)["miou"]
+                labels = torch.from_numpy(np.stack(brought)).long()
+                logits = torch.nn.functional.one_hot(labels, 5).permute(0, 3, 1, 2).float()
+                score = metrics.segmentation(logits, targets, data.FACADE_CLASSES)["miou"]
                 assert score == pytest.approx(record["metrics"]["test"]["miou"], abs=0.01)
 
 
@@ -249,23 +263,28 @@ def test_cpp_refusals(seg, runner, tmp_path, photos):
     (tmp_path / "huge.pgm").write_text("P5 9000 9000 255\n")
     (tmp_path / "odd.pgm").write_text("P5 9000 #\n255\n")
     model = seg / "seed0/model.ts.pt"
-    odd = torch.jit.script(torch.nn.Identity())  # its two values of mean would overrun the pixels' memory
+    odd = torch.jit.script(torch.nn.Identity())  # its two values of mean would overrun the pixels
     about = {"classes": "a,b", "palette": "", "stride": "16", "size": "32", "mean": "0,0"}
     odd.save(tmp_path / "odd.ts.pt", _extra_files=about)
-    odd.save(tmp_path / "early.ts.pt", _extra_files={name: value for name, value in about.items() if name != "size"})
-    for argv, message in (((), "usage: runner MODEL"), ((model, "text.png"), "text.png: is no PNG, JPEG, PGM or PPM"),
-                          (("odd.ts.pt", photos[0]), "has a damaged description"),
-                          (("early.ts.pt", photos[0]), "does not say the size it was trained at: export it anew"),
-                          ((model, "cut.jpg"), "cut.jpg: cannot be read as an image (Premature end of JPEG file)"),
-                          ((model, "flipped.png"), "flipped.png: cannot be read as an image ("),
-                          ((model, "huge.pgm"), "huge.pgm: has more than 64 million pixels"),
-                          ((model, "odd.pgm"), "odd.pgm: has a damaged PGM or PPM header"),
-                          ((model, "nothing.png"), "nothing.png: cannot be opened"),
-                          ((model, "a/0.png", photos[0]), "a/0.png: cannot be opened"),
-                          ((model, photos[0], photos[0]), "two images would both write predictions/0.png"),
-                          (("nothing.ts.pt", photos[0]), "nothing.ts.pt"),
-                          ((model, "--bench", "1"), "--bench wants")):
-        done = subprocess.run([runner, *map(str, argv)], cwd=tmp_path, capture_output=True, text=True)
+    del about["size"]
+    odd.save(tmp_path / "early.ts.pt", _extra_files=about)
+    unread = "cannot be read as an image"
+    for argv, message in (
+            ((), "usage: runner MODEL"),
+            ((model, "text.png"), "text.png: is no PNG, JPEG, PGM or PPM"),
+            (("odd.ts.pt", photos[0]), "has a damaged description"),
+            (("early.ts.pt", photos[0]), "does not say the size it was trained at: export it anew"),
+            ((model, "cut.jpg"), f"cut.jpg: {unread} (Premature end of JPEG file)"),
+            ((model, "flipped.png"), f"flipped.png: {unread} ("),
+            ((model, "huge.pgm"), "huge.pgm: has more than 64 million pixels"),
+            ((model, "odd.pgm"), "odd.pgm: has a damaged PGM or PPM header"),
+            ((model, "nothing.png"), "nothing.png: cannot be opened"),
+            ((model, "a/0.png", photos[0]), "a/0.png: cannot be opened"),
+            ((model, photos[0], photos[0]), "two images would both write predictions/0.png"),
+            (("nothing.ts.pt", photos[0]), "nothing.ts.pt"),
+            ((model, "--bench", "1"), "--bench wants")):
+        done = subprocess.run([runner, *map(str, argv)], cwd=tmp_path, capture_output=True,
+                              text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ")
         assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
 

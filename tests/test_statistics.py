@@ -1,4 +1,4 @@
-"""The verdict rule: by hand, against SciPy, and in simulated studies whose truth is known (docs/statistics.md)."""
+"""The verdict rule (docs/statistics.md): by hand, against SciPy, and in simulated studies."""
 
 import itertools
 import math
@@ -15,12 +15,13 @@ ROWS, PHOTOS = 13, 67  # of Table 2
 
 # ---- studies with a known truth ----
 
-def studies(seeds: int, seed_share: float, unequal: float, away: float, count: int, test_error: float = 0.3):
-    """Estimates of the differences of 12 rows from a shared base, as a study makes them: means, sources of error.
+def studies(seeds: int, seed_share: float, unequal: float, away: float, count: int,
+            test_error: float = 0.3):
+    """A study's estimates of 12 rows' differences from a shared base: means, sources of error.
 
-    Rows vary over seeds by 1 in the median, by lognormal factors of spread `unequal`; the base by 1. The seed
-    moves all rows alike, with this share of the variance. Each difference lies `away` of its row's spread
-    beyond 0, the edge of its claim's range.
+    Rows vary over seeds by 1 in the median, by lognormal factors of spread `unequal`; the base by
+    1. The seed moves all rows alike, with this share of the variance. Each difference lies `away`
+    of its row's spread beyond 0, the edge of its claim's range.
     """
     draw = np.random.default_rng([seeds, int(100 * seed_share), int(100 * unequal), int(away)])
     spread = np.exp(draw.normal(0, unequal, (count, ROWS)))
@@ -28,18 +29,21 @@ def studies(seeds: int, seed_share: float, unequal: float, away: float, count: i
     scores = draw.normal(size=(count, ROWS, seeds)) * spread[..., None]
     seed_effect = np.sqrt(seed_share / (1 - seed_share) * (spread**2).mean(1))
     scores += seed_effect[:, None, None] * draw.normal(size=(count, 1, seeds))
-    scores[:, 1:] += (away * spread[:, 1:] + test_error * draw.normal(size=(count, ROWS - 1)))[..., None]
-    test_set = Part(test_error**2 * draw.chisquare(PHOTOS - 1, (count, ROWS - 1)) / (PHOTOS - 1), PHOTOS - 1)
+    differences = count, ROWS - 1
+    scores[:, 1:] += (away * spread[:, 1:] + test_error * draw.normal(size=differences))[..., None]
+    of_photos = draw.chisquare(PHOTOS - 1, differences) / (PHOTOS - 1)
+    test_set = Part(test_error**2 * of_photos, PHOTOS - 1)
     variance, dof = statistics.row_spreads(scores)
     rows = statistics.sum_of(Part(variance[:, 1:], dof[1:]), Part(variance[:, :1], dof[:1]))
     return scores[:, 1:].mean(-1) - scores[:, :1].mean(-1), (rows.times(1 / seeds), test_set)
 
 
 def decided(means, error) -> np.ndarray:
-    """Which of 13 claims are decided, a study a line: one of each difference, and one of all together, like C1."""
+    """Which of 13 claims are decided, a study a line: of each difference, and of all, like C1."""
     inside, outside = statistics.evidence(means, error, 0.0, math.inf)
     each = [statistics.claim(inside[:, i:i + 1], outside[:, i:i + 1])[0] for i in range(ROWS - 1)]
-    return statistics.holm(np.stack([*each, statistics.claim(inside, outside)[0]], -1)) < statistics.LEVEL
+    p_values = np.stack([*each, statistics.claim(inside, outside)[0]], -1)
+    return statistics.holm(p_values) < statistics.LEVEL
 
 
 @pytest.mark.parametrize("seeds", [3, 4, 6])
@@ -57,7 +61,7 @@ def test_effects_of_five_spreads_are_decided(seeds, least):
 
 
 def test_one_sum_over_all_sources_would_be_wrong():
-    """Why each source keeps its own quantile: three seeds that lie close together by luck, and a test set's error."""
+    """Why each source keeps its own quantile: three seeds, close by luck, and a test set."""
     draw = np.random.default_rng(0)
     seed = Part(draw.chisquare(2, 200_000) / 2, 2.0)
     test_set = Part(0.5 * draw.chisquare(66, 200_000) / 66, 66.0)
@@ -85,7 +89,8 @@ def test_two_rows_are_the_paired_t_test():
     t = stats.ttest_rel(*scores)
     assert error.dof == pytest.approx(4) and t.statistic == pytest.approx(
         (scores[0] - scores[1]).mean() / math.sqrt(error.variance))
-    inside, outside = statistics.evidence(np.float64((scores[0] - scores[1]).mean()), (error,), 0.0, math.inf)
+    mean = np.float64((scores[0] - scores[1]).mean())
+    inside, outside = statistics.evidence(mean, (error,), 0.0, math.inf)
     assert 2 * min(inside, outside) == pytest.approx(t.pvalue)
 
 
@@ -100,12 +105,14 @@ def test_spreads_are_estimated_without_bias_where_equal_and_where_runs_are_missi
     scores = 3 * draw.normal(size=(20_000, 5, 4)) + draw.normal(size=(20_000, 1, 4)) * 7
     scores[:, 1, 3] = scores[:, 4, :2] = math.nan
     variance, dof = statistics.row_spreads(scores)
-    assert variance.mean(0) == pytest.approx(9, rel=0.05) and dof.sum() == pytest.approx(17 - 5 - 4 + 1)
+    assert variance.mean(0) == pytest.approx(9, rel=0.05)
+    assert dof.sum() == pytest.approx(17 - 5 - 4 + 1)
     assert dof[4] < dof[1] < dof[0]
 
 
 def test_a_row_with_one_run_has_no_spread():
-    variance, dof = statistics.row_spreads(np.array([[1.0, 2, 4], [2.0, math.nan, math.nan], [0, 3, 1]]))
+    scores = np.array([[1.0, 2, 4], [2.0, math.nan, math.nan], [0, 3, 1]])
+    variance, dof = statistics.row_spreads(scores)
     assert math.isnan(variance[1]) and dof[1] == 0 and np.isfinite(variance[[0, 2]]).all()
     assert math.isnan(statistics.own_spread(np.array([1.0]))[0])
 
@@ -127,7 +134,9 @@ def test_widths_of_two_sources_add_in_quadrature_and_tail_undoes_it():
 
 def test_evidence():
     narrow = (Part(0.01, 5),)
-    at = lambda mean, low, high, parts=narrow: statistics.evidence(np.float64(mean), parts, low, high)
+    def at(mean, low, high, parts=narrow):
+        return statistics.evidence(np.float64(mean), parts, low, high)
+
     inside, outside = at(0.0, -2, 2)
     assert inside < 1e-5 and outside > 0.999
     inside, outside = at(-5.0, -math.inf, -1)
@@ -139,7 +148,8 @@ def test_evidence():
 
 def test_without_any_spread_the_mean_decides():
     none = (Part(0.0, 1), Part(0.0, 66))
-    assert [float(p) for p in statistics.evidence(np.float64(1.0), none, 0.0, math.inf)] == pytest.approx([0, 1])
+    found = statistics.evidence(np.float64(1.0), none, 0.0, math.inf)
+    assert [float(p) for p in found] == pytest.approx([0, 1])
 
 
 def test_claims_by_hand():

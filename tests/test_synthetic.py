@@ -8,12 +8,11 @@ import torch
 from PIL import Image
 
 import data
-import export
 import interpret
 import models
 import study
 import train_seg
-from lab import cli, engine, figures
+from lab import cli, engine, figures, forms
 
 
 @pytest.fixture(scope="module")
@@ -75,4 +74,4 @@ def test_figures(trained, monkeypatch):
 def test_exported_forms(trained, capsys):
     model, record = engine.load_trained(trained / "seed0.pt", torch.device("cpu"), models.build)
     assert "NOTE" in (told := capsys.readouterr().err) and told.endswith("on SYNTHETIC facades\n")
-    assert export.describe(model, record)["data"] == "SYNTHETIC facades"
+    assert forms.describe(model, record)["data"] == "SYNTHETIC facades"

@@ -25,7 +25,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 import data
-import export
+import metrics
 import models
 from lab import cli, engine, forms, records
 from lab.batches import Dataset
@@ -115,7 +115,7 @@ def write(parts: list[tuple[nn.Module, dict]], example: Tensor, path: Path) -> n
     """The file of these trained networks and their records; the network in it, in float."""
     network = stacked([model for model, _ in parts])
     record = parts[0][1]
-    about = export.describe(network, record)
+    about = forms.describe(network, record)
     deployed = Deployed(fold_batchnorm(network), record["about_data"]["mean"],
                         record["about_data"]["std"])
     module = WithMaps(deployed) if hasattr(network, "activation_maps") else deployed
@@ -136,13 +136,13 @@ def judged(path: Path, deployed: nn.Module, dataset: Dataset, reached: list[floa
     network in float32 on the split's first images.
     """
     classes, split = len(dataset.classes), dataset.test
-    metric = export.SCORES[dataset.task][1][0]
+    metric = metrics.SCORES[dataset.task][1][0]
     found = forms.logits_of(forms.open_form(path), split.images, 64)
     exact = forms.logits_of(deployed, split.images[:COMPARED], 64)
     costs = []
     for head, before in enumerate(reached):
         part = slice(head * classes, (head + 1) * classes)
-        score = export.SCORES[dataset.task][0](found[:, part], split.targets, dataset.classes)
+        score = metrics.SCORES[dataset.task][0](found[:, part], split.targets, dataset.classes)
         if not before - score[metric] <= forms.LOSS:
             raise forms.ParityError(f"{path} loses {100 * (before - score[metric]):.2f} points of "
                                     f"{metric}, allowed {100 * forms.LOSS:g}")
@@ -180,7 +180,7 @@ def make(cfg: Config, source: Source, earlier: dict | None) -> dict:
         return earlier
     dataset = data.load_recorded(parts[0][1], cfg.data_root)
     deployed = write(parts, dataset.train.images[:2].contiguous(), path)
-    metric = export.SCORES[dataset.task][1][0]
+    metric = metrics.SCORES[dataset.task][1][0]
     costs = judged(path, deployed, dataset, [record["metrics"][dataset.held_out][metric]
                                              for _, record in parts])
     networks = [{**source.runs[run], "head": head, "record": file.as_posix(),
