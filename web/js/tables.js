@@ -85,8 +85,9 @@ function drawTable(protocol, name) {
     )}</tr></thead><tbody>${body}</tbody></table>`;
   byId("table-note").textContent =
     `${records} runs, up to ${seeds} seed${seeds === 1 ? "" : "s"} a row. ` +
-    "Percent; the first row is a value, the others are differences from it, paired by seed. ± is the 95 % interval over seeds and test " +
-    "images; a row with one seed has none. ✓ the report's number lies where one more such run " +
+    "Percent; the first row is a value, the others are differences from it, paired by seed. " +
+    "± is the 95 % interval over seeds and test images; a row with one seed has none. ✓ the " +
+    "report's number lies where one more such run " +
     `would, ✗ it does not. ${caveat}`;
 }
 
