@@ -339,8 +339,13 @@ def test_tables_sort_and_show_their_seeds(open_page):
     assert rows.nth(0).get_attribute("data-row") == shown[0]["row"]
     page.select_option("#which", "claims")
     assert rows.count() == len(tables["small"]["claims"])
+    said = (ROOT / "results/small/claims.md").read_text().splitlines()
     for one in tables["small"]["claims"]:
-        assert one["verdict"] in page.locator(f"tr[data-row={one['claim']}]").inner_text()
+        shown = page.locator(f"tr[data-row={one['claim']}]").inner_text()
+        line = next(line for line in said if line.startswith(f"| {one['claim']} "))
+        effect = line.split(" | ")[1].split(", `")[0]  # "+0.57 wgap"
+        assert one["verdict"] in shown and f"**{one['verdict']}**" in line
+        assert all(part in shown.replace("−", "-") for part in effect.split())
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

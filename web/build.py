@@ -104,7 +104,8 @@ def verdicts(tables: dict[str, dict], protocol: str) -> list[dict]:
     """The claims, each with its effects, intervals and verdict."""
     found = study.judge(tables)
     return [{"claim": name, "says": study.CLAIMS[name][0], "verdict": one["verdict"],
-             "p": one["p_holm"], "command": f"make claims PROTOCOL={protocol}",
+             "leans": one["leans"], "p": one["p_holm"],
+             "command": f"make claims PROTOCOL={protocol}",
              "effects": [{**effect, "low": part[4], "high": part[5], "table": part[0]}
                          for effect, part in zip(one["effects"], study.CLAIMS[name][1])]}
             for name, one in found.items()]

@@ -84,9 +84,10 @@ function drawTable(protocol, name) {
       "parameters",
     )}</tr></thead><tbody>${body}</tbody></table>`;
   byId("table-note").textContent =
-    `${records} runs, up to ${seeds} seeds a row. Percent; the first row is a value, the others ` +
-    "are differences from it, paired by seed. ± is the 95 % interval over seeds and test " +
-    "images; a row with one seed has none. ✓ the report's number lies where one more such run " +
+    `${records} runs, up to ${seeds} seed${seeds === 1 ? "" : "s"} a row. ` +
+    "Percent; the first row is a value, the others are differences from it, paired by seed. " +
+    "± is the 95 % interval over seeds and test images; a row with one seed has none. ✓ the " +
+    "report's number lies where one more such run " +
     `would, ✗ it does not. ${caveat}`;
 }
 
@@ -96,24 +97,38 @@ function effect({ mean, half, metric, row, other }) {
   return `${signed(mean)}${interval} ${metric}, ${row}${other ? ` − ${other}` : ""}`;
 }
 
+const minus = (value) => String(value).replace("-", "−");
 const range = ({ low, high }) =>
-  low === null ? `at most ${high}` : high === null ? `at least ${low}` : `${low} to ${high}`;
+  low === null
+    ? `at most ${minus(high)}`
+    : high === null
+      ? `at least ${minus(low)}`
+      : `${minus(low)} to ${minus(high)}`;
+
+// Of a claim's effects the one that decides, as in lab/claims.py: the weakest link of what leans
+// to be supported, the strongest objection to what leans to be contradicted.
+function deciding({ effects, leans }) {
+  const run = effects.filter(({ mean }) => mean !== null);
+  const before = (a, b) =>
+    leans === "supported"
+      ? b.inside - a.inside
+      : a.outside - b.outside || Math.abs(b.mean) - Math.abs(a.mean);
+  return [...run].sort(before)[0] ?? effects[0];
+}
 
 function drawClaims(protocol) {
   const rows = all[protocol].claims
     .map((one) => {
-      const run = one.effects.filter((e) => e.mean !== null);
-      const shown = run.length
-        ? run.reduce((a, b) => (b.outside < a.outside ? b : a))
-        : one.effects[0];
+      const shown = deciding(one);
       return `<tr tabindex="0" data-row="${one.claim}"><td>${one.claim} ${one.says}</td>
       <td class="words">${range(shown)}</td><td class="words">${effect(shown)}</td>
       <td>${one.p.toFixed(3)}</td><td class="verdict-${one.verdict}">${one.verdict}</td></tr>`;
     })
     .join("");
   byId("table").innerHTML =
-    `<table><thead><tr><th>the report concludes</th><th>taken as (points)</th>
-    <th>its weakest link in our runs</th><th>p (Holm)</th><th>verdict</th></tr></thead>
+    `<table><thead><tr><th>the report concludes</th><th class="words">taken as (points)</th>
+    <th class="words">what decides it in our runs</th><th>p (Holm)</th>
+    <th>verdict</th></tr></thead>
     <tbody>${rows}</tbody></table>`;
   byId("table-note").textContent =
     "A claim is supported if all its differences lie in their ranges, " +
