@@ -72,8 +72,8 @@ def test_training_and_evaluation(tiny_root, tmp_path, every, capsys):
     argv += ["--data-root", str(tiny_root), "--out", str(tmp_path)]
     assert cli.guard(lambda: train_seg.main(argv)) == 0
     found = {what: (int(total), unit) for what, _, total, unit, _ in lines(capsys)}
-    assert found == {"epoch 1/2": (6, "images"), "epoch 2/2": (6, "images"),
-                     "evaluation": (2, "batches"), "average precision": (5, "classes")}
+    assert found == {"reading images": (3, "images"), "epoch 1/2": (6, "images"),
+                     "epoch 2/2": (6, "images"), "evaluation": (2, "batches"), "average precision": (5, "classes")}
 
 
 def test_the_export(every, capsys):
