@@ -19,7 +19,7 @@ import numpy as np
 
 import data
 import metrics
-from lab import claims, cli, estimates, figures, panels, records
+from lab import claims, cli, estimates, records
 from lab.files import write_atomic
 from lab.records import cell, number, paired, pairs_of, plain
 
@@ -304,8 +304,9 @@ TIES = {"accuracy, untied grids (%)": {"accuracy": ""},
                                               "trouser_without_three": ", without"}}
 
 
-def draw_table(rows: dict, table: str) -> dict[str, figures.Figure]:
+def draw_table(rows: dict, table: str) -> dict[str, "figures.Figure"]:  # noqa: F821
     """{file: picture} of one table's records."""
+    from lab import figures  # here and below: records, tables and claims need no matplotlib
     base_row, *others = rows
     report = {} if is_own(rows) else REPORT[table]
     differences = {name: {row: (estimate(rows, row, base_row, "test", key),
@@ -323,8 +324,9 @@ def draw_table(rows: dict, table: str) -> dict[str, figures.Figure]:
     return found
 
 
-def draw_measurements(rows: dict) -> dict[str, figures.Figure]:
+def draw_measurements(rows: dict) -> dict[str, "figures.Figure"]:  # noqa: F821
     """{file: picture} of what was measured of the surrogates."""
+    from lab import figures, panels
     found = surrogates(rows)
     pictures = {"ties.png": figures.draw_trends(found, TIES, "strength of the tie",
                                                 {"CAM mass in garment's cell (%)": 25})}
@@ -341,6 +343,7 @@ def draw_measurements(rows: dict) -> dict[str, figures.Figure]:
 
 def draw(folder: Path, protocol: str) -> None:
     """All pictures that the records of a protocol can give, into its folder."""
+    from lab import figures, panels
     tables = {table: load_records(folder / table, protocol) for table in REPORT}
     pictures = {}
     for table, rows in tables.items():

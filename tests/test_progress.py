@@ -73,7 +73,8 @@ def test_training_and_evaluation(tiny_root, tmp_path, every, capsys):
     assert cli.guard(lambda: train_seg.main(argv)) == 0
     found = {what: (int(total), unit) for what, _, total, unit, _ in lines(capsys)}
     assert found == {"reading images": (3, "images"), "epoch 1/2": (6, "images"),
-                     "epoch 2/2": (6, "images"), "evaluation": (2, "batches"), "average precision": (5, "classes")}
+                     "epoch 2/2": (6, "images"), "evaluation": (2, "batches"),
+                     "average precision": (5, "classes")}
 
 
 def test_the_export(every, capsys):
