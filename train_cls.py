@@ -14,7 +14,7 @@ The same command goes on where a killed run stopped, and does nothing where it i
 import sys
 import time
 import typing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -120,11 +120,9 @@ def main(argv: list[str] | None = None) -> None:
         dataset = load_fashion(root, cfg.split, cfg.train_images)
     reading = time.monotonic() - start
     if cfg.plan:
-        rows = cost.read_rows(argv, lambda row: cli.parse(Config, __doc__, row, PROTOCOLS))
-        run = engine.Run(replace(rows[0], dry_run=True), dataset, models.build)
-        said = cost.describe(rows, run, dataset, models.build, models.cross_entropy, cfg.plan,
-                             reading)
-        return sys.stdout.write(said)
+        parse = lambda row: cli.parse(Config, __doc__, row, PROTOCOLS)
+        return cost.plan(argv, parse, dataset, models.build, models.cross_entropy, cfg.plan,
+                         reading)
     run = engine.Run(cfg, dataset, models.build, base_weights(cfg) if cfg.frozen else None)
     if cfg.frozen:
         run.model.freeze()

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 import typing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import metrics
 import models
@@ -80,11 +80,9 @@ def main(argv: list[str] | None = None) -> None:
         dataset = load_facades(find_root(cfg.data_root), cfg.split, cfg.size)
     reading = time.monotonic() - start
     if cfg.plan:
-        rows = cost.read_rows(argv, lambda row: cli.parse(Config, __doc__, row, PROTOCOLS))
-        run = engine.Run(replace(rows[0], dry_run=True), dataset, models.build)
-        said = cost.describe(rows, run, dataset, models.build, models.cross_entropy, cfg.plan,
-                             reading)
-        return sys.stdout.write(said)
+        parse = lambda row: cli.parse(Config, __doc__, row, PROTOCOLS)
+        return cost.plan(argv, parse, dataset, models.build, models.cross_entropy, cfg.plan,
+                         reading)
     run = engine.Run(cfg, dataset, models.build)
     if run.record is None:
         counts = run.data.train.class_counts(len(dataset.classes))

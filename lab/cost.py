@@ -4,6 +4,7 @@ Two steps of its first row are timed; the other rows take as much more or less a
 multiply-adds say.
 """
 
+import dataclasses
 import resource
 import shlex
 import sys
@@ -28,6 +29,14 @@ def read_rows(argv: list[str] | None, parse: Parse) -> list[engine.Settings]:
     if not rows:
         raise BadInput("--plan reads rows from stdin, the flags of one a line; give at least one")
     return rows
+
+
+def plan(argv: list[str] | None, parse: Parse, dataset: Dataset, build: engine.Build,
+         loss: Callable, seeds: int, reading: float) -> None:
+    """Print what the rows on stdin take, by a dry run of the first: `read_rows`, `describe`."""
+    rows = read_rows(argv, parse)
+    run = engine.Run(dataclasses.replace(rows[0], dry_run=True), dataset, build)
+    sys.stdout.write(describe(rows, run, dataset, build, loss, seeds, reading))
 
 
 def step_seconds(run: engine.Run, loss: Callable) -> float:
