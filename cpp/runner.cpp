@@ -2,7 +2,7 @@
 //
 //     cpp/runner MODEL IMAGES...                            MODEL: a .ts.pt or .pt2 of export.py
 //     cpp/runner MODEL --out FOLDER IMAGES...               masks go to FOLDER (predictions)
-//     cpp/runner MODEL --bench BATCH SIZE SECONDS THREADS   times of forward passes, as JSON
+//     cpp/runner MODEL --bench SIZE SECONDS THREADS BATCH...   times of forward passes, as JSON
 //
 // Images are PNG, JPEG, PGM or PPM of any size; they are brought to the size that the model was
 // trained at, and masks back, as in predict.py. A mask is a palette PNG; its values are classes.
@@ -74,31 +74,34 @@ long memory(const std::string& which) {
     return 0;
 }
 
-void bench(const std::function<Tensor(const Tensor&)>& model, int channels, char** how,
-           long before) {
-    const int batch = std::stoi(how[0]), size = std::stoi(how[1]);
-    const double least = std::stod(how[2]);
-    at::set_num_threads(std::stoi(how[3]));
-    const Tensor images = torch::randint(256, {batch, channels, size, size}, torch::kUInt8);
-    std::vector<double> seconds;
-    double total = 0;
-    for (int i = 0; i < 3; i++) model(images);
-    while (total < least || seconds.size() < 5) {
-        const auto start = std::chrono::steady_clock::now();
-        model(images);
-        const auto end = std::chrono::steady_clock::now();
-        seconds.push_back(std::chrono::duration<double>(end - start).count());
-        total += seconds.back();
+void bench(const std::function<Tensor(const Tensor&)>& model, int channels, int size, double least,
+           const std::vector<int>& batches, long before) {
+    std::string gap = "{";
+    for (const int batch : batches) {
+        const Tensor images = torch::randint(256, {batch, channels, size, size}, torch::kUInt8);
+        std::vector<double> seconds;
+        double total = 0;
+        for (int i = 0; i < 2; i++) model(images);
+        while (total < least || seconds.size() < 3) {
+            const auto start = std::chrono::steady_clock::now();
+            model(images);
+            const auto end = std::chrono::steady_clock::now();
+            seconds.push_back(std::chrono::duration<double>(end - start).count());
+            total += seconds.back();
+        }
+        std::cout << gap << '"' << batch << "\": {\"peak_mb\": "
+                  << (memory("VmHWM:") - before) / 1024 << ", \"seconds\": [";
+        for (size_t i = 0; i < seconds.size(); i++) std::cout << (i ? ", " : "") << seconds[i];
+        std::cout << "]}";
+        gap = ", ";
     }
-    std::cout << "{\"peak_mb\": " << (memory("VmHWM:") - before) / 1024 << ", \"seconds\": [";
-    for (size_t i = 0; i < seconds.size(); i++) std::cout << (i ? ", " : "") << seconds[i];
-    std::cout << "]}\n";
+    std::cout << "}\n";
 }
 
 int run(int argc, char** argv) {
     if (argc < 3)
         throw Error("usage: runner MODEL [--out FOLDER] IMAGES... | "
-                    "--bench BATCH SIZE SECONDS THREADS");
+                    "--bench SIZE SECONDS THREADS BATCH...");
     mallopt(M_MMAP_THRESHOLD, 1 << 30);  // keep large tensors' pages between passes
     mallopt(M_TRIM_THRESHOLD, 1 << 30);
     const long before = memory("VmRSS:");
@@ -117,8 +120,11 @@ int run(int argc, char** argv) {
     int first = 2;
     fs::path out = "predictions";
     if (std::string(argv[2]) == "--bench") {
-        if (argc != 7) throw Error("--bench wants BATCH SIZE SECONDS THREADS");
-        bench(model, channels, argv + 3, before);
+        if (argc < 7) throw Error("--bench wants SIZE SECONDS THREADS BATCH...");
+        at::set_num_threads(std::stoi(argv[5]));
+        std::vector<int> batches;
+        for (int i = 6; i < argc; i++) batches.push_back(std::stoi(argv[i]));
+        bench(model, channels, std::stoi(argv[3]), std::stod(argv[4]), batches, before);
         return 0;
     }
     if (std::string(argv[2]) == "--out" && argc > 4) out = argv[3], first = 4;

@@ -2,8 +2,8 @@
 
     python export.py bench --checkpoint runs/.../seed0.pt    after the export of the same checkpoint
 
-Each measurement is a process of its own that loads one form, warms up and times forward passes of
-random images. Rounds go over all forms in turn, so that a busy machine slows all of them; ratios
+Each measurement is a process of its own that loads one form, and for each batch warms up and times
+forward passes of random images. Rounds go over all forms in turn, so that a busy machine slows all of them; ratios
 are taken within a round. "eager" is what a plain script gets: PyTorch's default layout and
 allocator. The C++ program takes part where `make cpp/runner` built it, OpenVINO where it is
 installed. Metrics are of the held-out split at the run's own image size.
@@ -65,19 +65,18 @@ class Config:
     models: str | None = flag(None, "folder of its models (default: the checkpoint, without .pt)")
     size: int = flag(256, "pixels a side of the timed images")
     rounds: int = flag(3, "how often each form is measured")
-    seconds: float = flag(3.0, "time of one measurement, at least 5 passes")
+    seconds: float = flag(2.0, "time of one batch's passes, at least 3 of them")
     threads: int = flag(torch.get_num_threads(), "threads of every form")
     device: str = flag("auto", "auto, cpu, cuda, ...")
     data: str | None = flag(None, "the folder of your own that the run was trained on")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
     record: str = flag("results/bench/inference.json", "file of the results, a .png beside it")
     only: str | None = flag(None, "time this form alone, in this process; print the times as JSON")
-    batch: int = flag(1, "images a pass, with --only")
 
     def __post_init__(self) -> None:
         if self.checkpoint is None:
             raise BadInput("--checkpoint is missing: name the seed<k>.pt of an exported run")
-        for name in ("size", "rounds", "seconds", "threads", "batch"):
+        for name in ("size", "rounds", "seconds", "threads"):
             if not getattr(self, name) > 0:
                 raise BadInput(f"--{name} {getattr(self, name)}: must be above 0")
         if self.only is not None and self.only not in BACKENDS:
@@ -107,7 +106,7 @@ def open_backend(cfg: Config, name: str, device: torch.device) -> Callable[[Tens
         return lambda images: model(deployed.normalise(images).contiguous())
     dtype = getattr(torch, precision)
     forward = lambda images: engine.forward(model, deployed.normalise(images), dtype)
-    return torch.compile(forward) if how == "compile" else forward
+    return torch.compile(forward, dynamic=False) if how == "compile" else forward
 
 
 def memory_mb(which: str) -> int:
@@ -117,8 +116,9 @@ def memory_mb(which: str) -> int:
 
 
 @torch.inference_mode()
-def measure(cfg: Config) -> dict:
-    """Seconds of each pass, and the peak memory of model and passes (CUDA: that of the tensors)."""
+def measure(cfg: Config) -> dict[str, dict]:
+    """For each batch, smallest first, seconds of each pass and the peak memory of model and passes
+    until then (CUDA: that of the tensors)."""
     before = memory_mb("VmRSS")  # the libraries: this process imports all, a form needs one
     torch.set_num_threads(cfg.threads)
     device = devices.pick_device(cfg.device)
@@ -126,24 +126,28 @@ def measure(cfg: Config) -> dict:
         devices.keep_freed_memory()
     channels = len(parity_of(cfg)["mean"].split(","))
     run = open_backend(cfg, cfg.only, device)
-    images = torch.from_numpy(np.random.default_rng(0).integers(
-        0, 256, (cfg.batch, channels, cfg.size, cfg.size), dtype=np.uint8)).to(device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(3):
-        run(images)
-    seconds = []
-    while sum(seconds) < cfg.seconds or len(seconds) < 5:
-        wait()
-        start = time.perf_counter()
-        run(images)
-        wait()
-        seconds.append(time.perf_counter() - start)
-    memory = (torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else
-              memory_mb("VmHWM") - before)
     how, form, _ = BACKENDS[cfg.only]
     onnx = how == "file" and cfg.file(form).suffix == ".onnx"
-    more = {"provider": providers_of(cfg.file(form), images)} if onnx else {}
-    return {"peak_mb": memory, "seconds": seconds, **more}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    found = {}
+    for batch in BATCHES:
+        images = torch.from_numpy(np.random.default_rng(0).integers(
+            0, 256, (batch, channels, cfg.size, cfg.size), dtype=np.uint8)).to(device)
+        for _ in range(2):
+            run(images)
+        seconds = []
+        while sum(seconds) < cfg.seconds or len(seconds) < 3:
+            wait()
+            start = time.perf_counter()
+            run(images)
+            wait()
+            seconds.append(time.perf_counter() - start)
+        memory = (torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else
+                  memory_mb("VmHWM") - before)
+        found[str(batch)] = {"peak_mb": memory, "seconds": seconds}
+    if onnx:
+        found["provider"] = providers_of(cfg.file(form), images[:1])
+    return found
 
 
 def providers_of(path: Path, images: Tensor) -> str:
@@ -173,13 +177,13 @@ def parity_of(cfg: Config) -> dict:
                        "first") from error
 
 
-def measure_apart(cfg: Config, name: str, batch: int) -> dict:
+def measure_apart(cfg: Config, name: str) -> dict[str, dict]:
     how, form, _ = BACKENDS[name]
     if how == "runner":
-        command = [provenance.SOURCE / "cpp/runner", cfg.file(form), "--bench", batch, cfg.size,
-                   cfg.seconds, cfg.threads]
+        command = [provenance.SOURCE / "cpp/runner", cfg.file(form), "--bench", cfg.size,
+                   cfg.seconds, cfg.threads, *BATCHES]
     else:
-        command = [sys.executable, __file__, "--only", name, "--batch", batch]
+        command = [sys.executable, __file__, "--only", name]
         for key in ("checkpoint", "models", "size", "seconds", "threads", "device"):
             command += [f"--{key}", getattr(cfg, key)] if getattr(cfg, key) is not None else []
     path = os.pathsep.join(filter(None, [str(provenance.SOURCE), os.environ.get("PYTHONPATH")]))
@@ -230,18 +234,18 @@ def quality(cfg: Config, names: list[str], device: torch.device) -> dict[str, di
 
 
 def summarise(rounds: list[dict], names: list[str], found: dict[str, dict]) -> list[dict]:
-    """One entry a form: rounds[i][name][batch] are one measurement's peak_mb and seconds."""
+    """One entry a form: rounds[i][name][batch] is one measurement's peak_mb and seconds."""
     rows = []
     for name in names:
         row = {"name": name, "quality": found[name]}
-        row |= {key: value for key, value in rounds[0][name][1].items() if key == "provider"}
-        for batch in BATCHES:
+        row |= {key: value for key, value in rounds[0][name].items() if key == "provider"}
+        for batch in map(str, BATCHES):
             seconds = np.concatenate([one[name][batch]["seconds"] for one in rounds])
             median = lambda one, name: statistics.median(one[name][batch]["seconds"])
             ratios = [median(one, BASE) / median(one, name) for one in rounds]
             row[f"batch{batch}"] = {
                 "median_ms": 1000 * np.median(seconds), "p95_ms": 1000 * np.percentile(seconds, 95),
-                "images_per_second": batch / np.median(seconds), "passes": len(seconds),
+                "images_per_second": int(batch) / np.median(seconds), "passes": len(seconds),
                 "ratio": statistics.median(ratios),
                 "ratio_low": min(ratios), "ratio_high": max(ratios),
                 "peak_mb": max(one[name][batch]["peak_mb"] for one in rounds)}
@@ -317,13 +321,13 @@ def main(argv: list[str] | None = None) -> None:
     found = quality(cfg, names, device)  # before the long part: it may refuse
     rounds = []
     for i in range(cfg.rounds):
-        rounds.append({name: {} for name in names})
-        for batch in BATCHES:
-            for name in names:
-                rounds[-1][name][batch] = measure_apart(cfg, name, batch)
-                print(f"round {i + 1}/{cfg.rounds}, batch {batch}: {name} "
-                      f"{1000 * statistics.median(rounds[-1][name][batch]['seconds']):.1f} ms",
-                      flush=True)
+        rounds.append({})
+        for name in names:
+            rounds[i][name] = measure_apart(cfg, name)
+            times = [1000 * statistics.median(rounds[i][name][str(batch)]["seconds"])
+                     for batch in BATCHES]
+            print(f"round {i + 1}/{cfg.rounds}: {name} {times[0]:.1f} ms, "
+                  f"batch {BATCHES[1]} {times[1]:.1f} ms", flush=True)
     model, trained = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     settings = ", ".join(f"{name}={value}" for name, value in
                          models.settings_of(trained["config"]).items())

@@ -327,11 +327,11 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_inference, "BACKENDS",
                         {name: bench_inference.BACKENDS[name] for name in rows})
 
-    def measure(cfg, name, batch, apart=bench_inference.measure_apart):
+    def measure(cfg, name, apart=bench_inference.measure_apart):
         # one process shows that processes work
-        if name.startswith("C++") or (name, batch) == ("TorchScript", 1):
-            return apart(cfg, name, batch)
-        return bench_inference.measure(dataclasses.replace(cfg, only=name, batch=batch))
+        if name.startswith("C++") or name == "TorchScript":
+            return apart(cfg, name)
+        return bench_inference.measure(dataclasses.replace(cfg, only=name))
 
     monkeypatch.setattr(bench_inference, "measure_apart", measure)
     # so that any CPU has the rows
@@ -344,7 +344,7 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     assert [row["name"] for row in record["results"]] == [*rows]
     for row in record["results"]:
         assert row["batch1"]["median_ms"] <= row["batch1"]["p95_ms"]
-        assert row["batch8"]["passes"] >= 5
+        assert row["batch8"]["passes"] >= 3
         exact = record["parity"]["forms"]["eager"]["map"]
         assert row["quality"]["map"] == pytest.approx(exact, abs=0.05)
     assert record["results"][0]["batch1"]["ratio"] == 1
