@@ -51,7 +51,8 @@ class Config(engine.Settings):
         None, "frozen: seed<k>.pt of a finished run of the same network", local=True)
     size: int | None = flag(
         None, "--data: pixels a side that images are brought to, a multiple of 4 (64)")
-    train_images: int = flag(60000, "use only the first so many training images")
+    train_images: int = flag(60000, "use only the first so many training images; of --data, some "
+                                    "of each class, and 60000 means all")
     epochs: int = flag(20, "passes over the training split")
     batch: int = flag(128, "images a step")
 

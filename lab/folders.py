@@ -4,7 +4,7 @@
     FOLDER/{train,test}/images/NAME.jpg   any format of lab/files.py, any size, any case
     FOLDER/{train,test}/masks/NAME.png    or NAME.jpg and NAME.png together in train/ and test/
 
-    FOLDER/{train,test}/CLASS/NAME.jpg    classification: torchvision's ImageFolder
+    FOLDER/{train,test}/CLASS/NAME.jpg    classification: one folder a class, no folders in it
 
     FOLDER/groups.csv                     image,group: a group never parts between two splits
 
@@ -17,6 +17,7 @@ import itertools
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,7 +37,8 @@ from lab.splits import Item, digest_order, divide
 
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in IMAGE_FORMATS}
-LITTER = ("thumbs.db", "desktop.ini")  # what file managers leave behind
+LITTER = ("thumbs.db", "desktop.ini", "__macosx")  # what file managers and archives leave behind
+READ = ("classes.txt", "groups.csv", "train", "test", "test_dev")
 READERS = min(4, os.cpu_count() or 1)  # images decoded at a time: more wait for the disk
 
 
@@ -48,6 +50,20 @@ def entries(folder: Path) -> list[Path]:
         return []
     return sorted((path for path in folder.iterdir() if not path.name.startswith(".")
                    and path.name.lower() not in LITTER), key=lambda path: (path.stem, path.name))
+
+
+def check_entries(folder: Path, read: tuple[str, ...]) -> None:
+    """BadInput for what would be passed over though it was meant to be read.
+
+    That is a link that leads nowhere, and one of these names in another case, where case counts.
+    """
+    for path in entries(folder):
+        if not path.exists():
+            raise BadInput(f"{shown(path)} is a link that leads nowhere; mend or remove it")
+        name = path.name.lower()
+        if name in read and name != path.name and not (
+                (folder / name).exists() and path.samefile(folder / name)):
+            raise BadInput(f"{path} is not read: its name must be {name}; rename or remove it")
 
 
 def listing(folder: Path) -> dict[str, Path]:
@@ -130,7 +146,7 @@ def sorted_by_class(folder: Path, part: str, names: tuple[str, ...]) -> list[Ite
 
 
 def class_names(folder: Path, parts: list[str]) -> tuple[str, ...]:
-    """The classes of train/, in ImageFolder's order. BadInput where test/ has others."""
+    """The classes of train/, in the order of their names. BadInput where test/ has others."""
     kinds = {part: sorted(path.name for path in entries(folder / part) if path.is_dir())
              for part in parts}
     names = kinds["train"]
@@ -149,12 +165,16 @@ def class_names(folder: Path, parts: list[str]) -> tuple[str, ...]:
 
 def find_items(folder: Path, task: str) -> tuple[list[Item], list[Item], Legend]:
     """The items of train/ and of test/, none where there is none, and what the classes are."""
-    for part in ("", "train"):
+    check_entries(folder, READ)
+    there = [part for part in ("test", "test_dev") if (folder / part).exists()]
+    for part in ("", "train", *there):
         if not (folder / part).is_dir():
             raise BadInput(f"{folder / part} is no folder; --data wants FOLDER/train, and "
                            f"FOLDER/test if it has a test set: see docs/own-data.md")
     legend_file = folder / "classes.txt"
-    parts = ["train"] + [part for part in ("test", "test_dev") if (folder / part).is_dir()][:1]
+    parts = ["train", *there[:1]]
+    for part in parts:
+        check_entries(folder / part, ("images", "masks") if task == "segmentation" else ())
     known = {"classes.txt", "groups.csv", *parts}
     for path in entries(folder):
         if path.name not in known and path.is_dir():
@@ -206,6 +226,8 @@ def in_threads(function: Callable, items: list, what: str) -> Iterable:
     """function(item) of each, in order, a few at a time: decoded images are large."""
     # what ignores warnings in a thread may leave them ignored in all
     with warnings.catch_warnings(), ThreadPoolExecutor(READERS) as pool:
+        # what is too large is refused in a line of its own
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         parts = (pool.map(function, items[i:i + READERS]) for i in range(0, len(items), READERS))
         yield from progress(itertools.chain.from_iterable(parts), what, len(items), "images")
 
@@ -247,9 +269,19 @@ def stretched(images: torch.Tensor, targets: torch.Tensor,
 def is_grey(path: Path) -> bool:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
+            # Pillow calls a PGM of 16 bits "I", which other formats are refused in
+            return image.mode in ("1", "L", "LA", "La", "I") or image.mode.startswith("I;16")
     except Exception:  # whoever reads it will say what is wrong
         return False
+
+
+def some_of_each(items: list[Item], limit: int) -> list[Item]:
+    """So many of the items, in their order: the first of each class, then each class's share."""
+    sizes, seen, order = Counter(item.target for item in items), Counter(), []
+    for i, item in enumerate(items):
+        order.append((seen[item.target] / sizes[item.target], i))
+        seen[item.target] += 1
+    return [items[i] for i in sorted(i for _, i in sorted(order)[:limit])]
 
 
 def check_memory(folder: Path, train: int, test: int, size: int, channels: int,
@@ -284,13 +316,20 @@ def load(folder: Path, task: str, size: int, split: str = "full",
     """The folder's set for "classification" or "segmentation", its images size x size.
 
     "full" holds out test/, or a fifth of the groups; "dev" a fifth of what is left, as "val".
-    `limit` keeps so many training images. BadInput, in one line, for whatever is wrong with it.
+    `limit` keeps so many training images, some of each class. BadInput, in one line, for whatever
+    is wrong with it.
     """
     train, test, legend = find_items(folder, task)
     train, test, left = divide(folder, train, test, legend, split)
     if task == "classification":  # the first so many shall be of all classes
         train = sorted(train, key=lambda item: digest_order(item.name))
-    train, left = train[:limit], left + train[len(train[:limit]):]
+    if limit is not None:
+        if limit < len(legend.names):
+            raise BadInput(f"--train-images {limit}: {folder} has {len(legend.names)} classes, and "
+                           f"each needs an image or more")
+        kept = some_of_each(train, limit)
+        names = {item.name for item in kept}
+        train, left = kept, left + [item for item in train if item.name not in names]
     name = folder.resolve().name
     if not name.isprintable() or not name:
         raise BadInput(f"{shown(folder)}: the folder's name is the set's; make it printable")

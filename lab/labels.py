@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from lab.batches import VOID
 from lab.files import BadInput, read_image, shown
@@ -84,8 +85,11 @@ def read_legend(path: Path, content: bytes) -> Legend:
     count = len(names) if void is None else void
     if not 2 <= count <= VOID:
         raise BadInput(f"{path} names {count} classes; name 2 to {VOID}, one a line")
-    palette = [colour if given is None else (given >> 16, given >> 8 & 255, given & 255)
-               for given, colour in zip(colours, default_palette(count))]
+    given = {colour: (colour >> 16, colour >> 8 & 255, colour & 255)
+             for colour in colours if colour is not None}
+    taken = set(given.values())
+    others = (colour for colour in default_palette(count + 1) if colour not in taken)
+    palette = [given[colour] if colour is not None else next(others) for colour in colours[:count]]
     meaning = {colour: VOID if i == void else i
                for i, colour in enumerate(colours) if colour is not None}
     return Legend(tuple(names[:count]), tuple(palette), meaning, void)
@@ -104,6 +108,8 @@ def read_mask(path: Path, content: bytes, legend: Legend) -> np.ndarray:
     depth, kind = content[24], content[25]
     if mask.mode == "L" and kind == 0 and depth < 8:  # grey of 2 or 4 bits, which Pillow stretches
         values = values // (255 // (2**depth - 1))
+    if mask.mode == "P" and legend.colours:
+        check_palette(path, mask, values, legend)
     if legend.void is not None:
         values = np.where(values == legend.void, VOID, values).astype(np.uint8)
     wrong = values[(values >= len(legend.names)) & (values != VOID)]
@@ -112,6 +118,25 @@ def read_mask(path: Path, content: bytes, legend: Legend) -> np.ndarray:
         raise BadInput(f"{path} has the value {wrong.max()} in {(wrong == wrong.max()).sum()} "
                        f"pixels; the classes are {meaning}, and {VOID} is void")
     return values
+
+
+def check_palette(path: Path, mask: Image.Image, values: np.ndarray, legend: Legend) -> None:
+    """BadInput where a mask's values and its colours, by classes.txt, mean different classes.
+
+    An editor that saves an RGB mask as a palette PNG numbers the colours as it likes. VOID alone
+    may have any colour: past the end of its colours a palette is black.
+    """
+    names = dict(enumerate(legend.names)) | {VOID: "void", legend.void: "void"}
+    colours = np.array(mask.getpalette("RGB")).reshape(-1, 3).tolist()
+    used = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256)).tolist()
+    for value in (value for value in used if value < len(colours) and value != VOID):
+        colour = colours[value][0] << 16 | colours[value][1] << 8 | colours[value][2]
+        label = legend.colours.get(colour, value)
+        if label not in (value, VOID if value == legend.void else value):
+            raise BadInput(f"{path} has the colour #{colour:06x} for the value {value}, but in "
+                           f"classes.txt that is the colour of {label} {names[label]}, and "
+                           f"{value} is {names.get(value, 'no class')}; save the mask as an RGB "
+                           f"PNG, or as a grey one of the values")
 
 
 def by_colour(path: Path, pixels: np.ndarray, legend: Legend) -> np.ndarray:

@@ -15,6 +15,7 @@ from PIL import EpsImagePlugin, Image
 
 import data
 from lab import files
+from lab import idx as idx_files
 
 IMAGE, MASK = "train/eecs442_0002.jpg", "train/eecs442_0002.png"
 
@@ -243,6 +244,15 @@ def test_idx_files(fashion_root, tmp_path, capsys, case):
                    "--out", tmp_path / "o")
     assert f"{raw} is damaged" in said and "delete it and run python data.py" in said
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("length", range(16))
+def test_the_beginning_of_an_idx_file_is_none(length):
+    """A reader of a set without a digest has this to go by alone."""
+    whole = idx(0x0803, 1, 1, 1, values=b"\7")
+    assert idx_files.parse(whole).tolist() == [[[7]]]
+    with pytest.raises(ValueError):
+        idx_files.parse(whole[:length])
 
 
 def test_the_corpus_is_as_large_as_it_should_be():

@@ -53,6 +53,31 @@ def only_damage(path_of):
     return lambda change: lambda root: change(root / path_of)
 
 
+def linked_nowhere(name):
+    """A link that leads nowhere, where something lay or did not."""
+    def damage(root):
+        if (root / name).exists():
+            remove(name)(root)
+        (root / name).symlink_to("nowhere")
+    return damage
+
+
+def renamed(name, new):
+    return lambda root: (root / name).rename(root / new)
+
+
+def reordered(root):
+    """The same pictures, but indexes in another order than classes.txt: what editors save."""
+    for path in root.glob("*/masks/*"):
+        mask, order = np.array(Image.open(path)), np.roll(np.arange(7), 1)
+        mask[mask == 255] = 0
+        moved = Image.fromarray(order[mask].astype(np.uint8))
+        palette = np.zeros((7, 3), np.uint8)
+        palette[order] = [[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in CLASSES.values()]
+        moved.putpalette(palette.tobytes())
+        moved.save(path)
+
+
 first_image, first_mask = "train/images/00-0.jpg", "train/masks/00-0.png"
 on_image, on_mask = only_damage(first_image), only_damage(first_mask)
 NAMES = "\n".join(CLASSES)
@@ -93,6 +118,9 @@ SEGMENTATION = {
         lambda root: (write("classes.txt", NAMES)(root),
                       save(first_mask, np.full((9, 9, 3), 7, np.uint8))(root)),
         "is a PNG of mode RGB; a mask must be"),
+    "masks whose palette has another order": (
+        reordered, "has the colour #c8a078 for the value 0, but in classes.txt that is the colour "
+        "of 1 wall, and 0 is sky; save"),
     "class without a pixel in training": (painted(5, 0, "train"),
                                           "class 5 tree has no pixel in the training split"),
     "class without a pixel in test": (painted(3, 255, "test"),
@@ -122,6 +150,25 @@ SEGMENTATION = {
     "classes.txt that is no text": (
         lambda root: (root / "classes.txt").write_bytes(b"\xff\xfe\xfd"),
         "classes.txt is no text in UTF-8"),
+    "test that is a dangling link": (
+        linked_nowhere("test"), "streets/test is a link that leads nowhere; mend or remove it"),
+    "groups.csv that is a dangling link": (linked_nowhere("groups.csv"),
+                                           "streets/groups.csv is a link that leads nowhere"),
+    "masks folder that is a dangling link": (linked_nowhere("test/masks"),
+                                             "test/masks is a link that leads nowhere"),
+    "test that is a file": (lambda root: (remove("test")(root), write("test", "")(root)),
+                            "streets/test is no folder"),
+    "groups.csv in another case": (
+        renamed("groups.csv", "Groups.csv"),
+        "streets/Groups.csv is not read: its name must be groups.csv; rename or remove it"),
+    "test in another case": (renamed("test", "Test"),
+                             "streets/Test is not read: its name must be test; rename"),
+    "train in another case": (renamed("train", "TRAIN"),
+                              "streets/TRAIN is not read: its name must be train; rename"),
+    "classes.txt in another case": (renamed("classes.txt", "CLASSES.TXT"),
+                                    "streets/CLASSES.TXT is not read: its name must be classes"),
+    "masks in another case": (renamed("test/masks", "test/Masks"),
+                              "test/Masks is not read: its name must be masks"),
     "groups.csv without its head": (write("groups.csv", "00-0.jpg,a\n"),
                                     "must begin with the line image,group"),
     "groups.csv of an unknown image": (
@@ -165,6 +212,10 @@ CLASSIFICATION = {
     "class of two folders deep": (
         lambda root: (root / "train/ring").rename(root / "train/disc/ring") and
         (root / "train/ring").mkdir(), "train/ring has no image"),
+    "class that is a dangling link": (linked_nowhere("train/ring"),
+                                      "train/ring is a link that leads nowhere"),
+    "classes.txt in another case": (
+        write("Classes.txt", "a\nb\n"), "shapes/Classes.txt is not read: its name must be"),
     "class only in test": (lambda root: shutil.copytree(root / "train/ring", root / "test/square"),
                            "test/square is a class that"),
     "class without a test image": (
@@ -206,3 +257,16 @@ def test_a_set_that_memory_cannot_hold_is_refused_before_it_is_read(
     said = refused(capsys, script, "--data", streets if script == "train_seg" else shapes,
                    "--out", tmp_path / "out")
     assert "0.0 GB of memory are free: lower --size, or give fewer images" in said
+
+
+def test_a_large_image_is_refused_in_one_line(shapes, tmp_path, capsys, recwarn):
+    Image.new("1", (12000, 12000)).save(shapes / "train/ring/huge.png")
+    said = refused(capsys, "train_cls", "--data", shapes, "--out", tmp_path / "out")
+    assert "12000x12000 pixels, more than 64 million" in said
+    assert not [one for one in recwarn if "DecompressionBomb" in one.category.__name__]
+
+
+def test_fewer_training_images_than_classes_are_refused_by_the_flags_name(shapes, tmp_path, capsys):
+    said = refused(capsys, "train_cls", "--data", shapes, "--train-images", 3, "--out",
+                   tmp_path / "out", "--device", "cpu")
+    assert "--train-images 3: " in said and "has 4 classes" in said

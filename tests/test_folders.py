@@ -100,6 +100,44 @@ def test_masks_in_the_colours_of_classes_txt(streets):
     assert coloured.classes == grey.classes and coloured.palette == grey.palette
 
 
+def test_masks_with_a_palette(streets):
+    """As predict.py writes them, in the colours of classes.txt, or in colours of their own."""
+    grey = segments(streets)
+    colours = bytes.fromhex("".join(colour[1:] for colour in CLASSES.values()))
+    for palette in (colours + bytes(3 * 249), bytes(i % 251 for i in range(768))):
+        for path in streets.glob("*/masks/*"):
+            mask = Image.fromarray(np.asarray(Image.open(path)))
+            mask.putpalette(palette)
+            mask.save(path)
+        assert Image.open(path).mode == "P"
+        assert torch.equal(segments(streets).train.targets, grey.train.targets)
+
+
+def test_the_palette_of_void_says_nothing(streets):
+    """Past the colours that a palette has all are black, which may be a class's."""
+    (streets / "classes.txt").write_text((streets / "classes.txt").read_text().replace(
+        "#86b4e9", "#000000"))
+    grey = segments(streets)
+    for path in streets.glob("*/masks/*"):
+        mask = Image.fromarray(np.asarray(Image.open(path)))
+        mask.putpalette(bytes(3) + bytes([9]) * 18 + bytes(3 * 249))
+        mask.save(path)
+    assert torch.equal(segments(streets).train.targets, grey.train.targets)
+
+
+def test_a_default_colour_is_none_that_is_given():
+    """Neither to a class nor to void, or two classes would look alike, and RGB masks mislead."""
+    default = ["".join(f"{part:02x}" for part in colour) for colour in labels.SAFE]
+    lines = [f"a #{default[1]}", "b", "c", f"d #{default[0]}", "e", f"void #{default[2]}"]
+    legend = labels.read_legend(labels.Path("classes.txt"), "\n".join(lines).encode())
+    assert legend.palette[0] == labels.SAFE[1] and legend.palette[3] == labels.SAFE[0]
+    assert len(set(legend.palette) | {labels.SAFE[2]}) == 6
+    many = [f"{i} #{'%02x%02x%02x' % colour}" if i % 2 else f"{i}"
+            for i, colour in enumerate(reversed(labels.default_palette(255)))]
+    legend = labels.read_legend(labels.Path("classes.txt"), "\n".join(many).encode())
+    assert len(set(legend.palette)) == 255
+
+
 def test_a_last_line_void_makes_its_value_void(streets):
     (streets / "classes.txt").write_text("\n".join([*list(CLASSES)[:6], "void", ""]))
     dataset = segments(streets)
@@ -140,11 +178,20 @@ def test_what_is_passed_over_is_said(streets, capsys):
     (streets / "train/images/photo.heic").write_text("")
     (streets / "train/images/.DS_Store").write_text("")
     (streets / "train/images/Thumbs.db").write_text("")
+    (streets / "__MACOSX").mkdir()
     segments(streets)
     notes = capsys.readouterr().err
     assert "val is passed over: only train/ and test/ are read" in notes
     assert "notes.txt and 1 more: no image by the name, passed over" in notes
-    assert "Thumbs" not in notes and "DS_Store" not in notes
+    assert "Thumbs" not in notes and "DS_Store" not in notes and "MACOSX" not in notes
+
+
+def test_what_an_archive_leaves_behind_is_no_class(shapes):
+    expected = folders.load(shapes, "classification", 8).classes
+    (shapes / "train/__MACOSX/ring").mkdir(parents=True)
+    (shapes / "train/__MACOSX/._ring.png").write_text("")
+    (shapes / "train/.#lock").symlink_to("an editor's, leading nowhere")
+    assert folders.load(shapes, "classification", 8).classes == expected
 
 
 # ---- splits ----
@@ -163,6 +210,13 @@ def test_groups_never_part(tmp_path, split, test):
     expected = {("full", True): (10, 5), ("full", False): (12, 3), ("dev", True): (8, 2),
                 ("dev", False): (10, 2)}[split, test]
     assert (len(train), len(held)) == expected
+
+
+def test_groups_as_a_spreadsheet_saves_them(streets):
+    expected = segments(streets)
+    lines = (streets / "groups.csv").read_text().splitlines()
+    (streets / "groups.csv").write_text("\r\n".join([f"{line},," for line in lines] + [",", ",,,"]))
+    assert torch.equal(segments(streets).test.photos, expected.test.photos)
 
 
 def test_the_held_out_fifth_is_a_matter_of_names_alone(tmp_path):
@@ -200,12 +254,41 @@ def test_one_colour_image_makes_a_set_of_colours(tmp_path):
     assert len(folders.load(folder, "classification", 8).mean) == 3
 
 
-def test_a_limit_keeps_images_of_every_class(tmp_path):
+def test_grey_of_16_bits_is_grey(tmp_path):
+    folder = make_shapes(tmp_path / "set", 5, grey=True)
+    for path in folder.rglob("*.png"):
+        pixels = 257 * np.asarray(Image.open(path)).astype(">u2")
+        header = f"P5 {pixels.shape[1]} {pixels.shape[0]} 65535\n".encode()
+        path.with_suffix(".pgm").write_bytes(header + pixels.tobytes())
+        path.unlink()
+    assert len(folders.load(folder, "classification", 8).mean) == 1
+
+
+@pytest.mark.parametrize("limit", [4, 9, 20, 60, 80])
+def test_a_limit_keeps_images_of_every_class(tmp_path, limit):
+    """In their shares, as far as so few can have them, and each in the order of the whole set."""
     folder = make_shapes(tmp_path / "set", 25)
+    for path in sorted((folder / "train/ring").iterdir())[3:]:
+        path.unlink()
     whole = folders.load(folder, "classification", 8)
-    few = folders.load(folder, "classification", 8, limit=20)
-    assert len(few.train) == 20 and (few.train.class_counts(4) > 0).all()
-    assert torch.equal(few.train.images, whole.train.images[:20]) and few.digest == whole.digest
+    assert whole.train.class_counts(4).tolist() == [20, 20, 2, 20]
+    few = folders.load(folder, "classification", 8, limit=limit)
+    counts = few.train.class_counts(4).tolist()
+    assert sum(counts) == min(limit, 62) and min(counts) > 0
+    assert max(counts[0], counts[1], counts[3]) - min(counts[0], counts[1], counts[3]) <= 1
+    assert few.digest == whole.digest
+    find = {image.numpy().tobytes(): i for i, image in enumerate(whole.train.images)}
+    places = [find[image.numpy().tobytes()] for image in few.train.images]
+    assert places == sorted(places)
+
+
+def test_a_limit_takes_no_class_away_where_there_are_many(tmp_path):
+    for kind in range(40):
+        (tmp_path / f"set/train/{kind:02d}").mkdir(parents=True)
+        for i in range(6):
+            Image.new("L", (8, 8), 6 * kind + i).save(tmp_path / f"set/train/{kind:02d}/{i}.png")
+    few = folders.load(tmp_path / "set", "classification", 8, limit=40)
+    assert few.train.class_counts(40).tolist() == [1] * 40
 
 
 def test_a_link_to_another_place_is_the_users_own_affair(streets, tmp_path):
