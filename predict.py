@@ -17,7 +17,8 @@ import onnxruntime
 from PIL import Image
 
 from lab import cli
-from lab.files import BadInput, colours, mask_to, read_image, to_size, write_atomic
+from lab.files import (BadInput, colours, mask_to, read_image, refuse_overwriting, to_size,
+                       write_atomic)
 
 
 def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
@@ -34,7 +35,12 @@ def open_model(path: str) -> tuple[onnxruntime.InferenceSession, dict[str, str]]
             raise ValueError("it does not say the size it was trained at: export it anew")
         if not 1 <= int(about["size"]) <= 1 << 13 or int(about["size"]) % stride:
             raise ValueError("its size is damaged")
-        bytes.fromhex(about["palette"].replace(",", "")), about["input"]
+        named, gives = len(about["classes"].split(",")), session.get_outputs()[0].shape[1]
+        if gives != named:
+            raise ValueError(f"it gives {gives} classes and names {named}")
+        palette = bytes.fromhex(about["palette"].replace(",", ""))
+        if len(palette) not in (0, 3 * named) or about["input"] != session.get_inputs()[0].name:
+            raise ValueError("its description is damaged")
     except Exception as error:  # onnxruntime raises its own kinds for a missing or damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path} is no model that export.py made ({reason})") from error
@@ -66,7 +72,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"NOTE: {args.model} was trained on {about['data']}", file=sys.stderr)
     classes, channels = about["classes"].split(","), len(about["mean"].split(","))
     palette = bytes.fromhex(about["palette"].replace(",", ""))
-    targets = targets_of(args.images, args.out) if palette else [None] * len(args.images)
+    targets = [None] * len(args.images)
+    if palette:
+        targets = targets_of(args.images, args.out)
+        refuse_overwriting(targets, [args.model, *args.images], "--out")
     for path, target in zip(args.images, targets):
         image = colours(read_image(path), channels)
         batch = to_size(image, int(about["size"])).transpose(2, 0, 1)[None]

@@ -1,4 +1,4 @@
-// Runs an exported model in C++: masks or classes of images, or its speed. `make runner` builds it.
+// Runs an exported model in C++: masks or classes of images, or its speed. `make cpp/runner` makes it.
 //
 //     cpp/runner MODEL IMAGES...                            MODEL: a .ts.pt or .pt2 of export.py
 //     cpp/runner MODEL --out FOLDER IMAGES...               masks go to FOLDER (predictions)
@@ -9,11 +9,15 @@
 
 #include <malloc.h>
 
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iostream>
+#include <map>
 #include <set>
 #include <sstream>
 #include <unordered_map>
@@ -42,13 +46,38 @@ void write_mask(const Tensor& mask, const std::vector<std::string>& palette, con
     for (const auto& colour : palette)
         for (int i = 0; i < 6; i += 2)
             colours.push_back(std::stoi(colour.substr(i, 2), nullptr, 16));
-    fs::path half = path;
-    half += ".tmp";  // a reader never sees half a mask
+    // a reader never sees half a mask
+    const fs::path half = path.parent_path() / ("." + path.filename().string() + "." +
+                                                std::to_string(getpid()) + ".tmp");
     fs::remove(half);  // a link that someone put there would be followed
     Tensor values = mask.contiguous();
     if (!png_image_write_to_file(&image, half.c_str(), 0, values.data_ptr(), 0, colours.data()))
         throw Error(path.string() + ": " + image.message);
     fs::rename(half, path);
+}
+
+// The file of each image's mask. An Error, before anything is written, where two would be one, or
+// one is, by whatever name, a file that is read.
+std::vector<fs::path> targets_of(const std::vector<std::string>& images, const std::string& model,
+                                 const fs::path& out) {
+    std::vector<fs::path> targets;
+    std::map<fs::path, std::string> written;
+    std::set<std::pair<dev_t, ino_t>> read;
+    struct stat found;
+    if (!stat(model.c_str(), &found)) read.emplace(found.st_dev, found.st_ino);
+    for (const auto& image : images) {
+        targets.push_back(out / fs::path(image).stem().concat(".png"));
+        const auto [other, first] = written.emplace(targets.back(), image);
+        if (!first)
+            throw Error(image + " and " + other->second + " would both write " +
+                        targets.back().string() + "; predict them into two --out");
+        if (!stat(image.c_str(), &found)) read.emplace(found.st_dev, found.st_ino);
+    }
+    for (const auto& target : targets)
+        if (!stat(target.c_str(), &found) && read.contains({found.st_dev, found.st_ino}))
+            throw Error(target.string() + " is a file that is read, and would be overwritten; "
+                        "choose another --out");
+    return targets;
 }
 
 // ---- the model: a function of uint8 images (N, C, H, W), and what export.py says of it ----
@@ -115,7 +144,7 @@ int run(int argc, char** argv) {
                     " does not say the size it was trained at: export it anew");
     const int size = std::stoi(about["size"]);
     if ((channels != 1 && channels != 3) || stride < 1 || stride > 64 || size < 1 ||
-        size > 1 << 13 || size % stride)
+        size > 1 << 13 || size % stride || (!palette.empty() && palette.size() != classes.size()))
         throw Error(std::string(argv[1]) + " has a damaged description");
     int first = 2;
     fs::path out = "predictions";
@@ -130,29 +159,33 @@ int run(int argc, char** argv) {
     if (std::string(argv[2]) == "--out" && argc > 4) out = argv[3], first = 4;
     if (about["data"].find("SYNTHETIC") != std::string::npos)
         std::cerr << "NOTE: " << argv[1] << " was trained on " << about["data"] << "\n";
-    std::set<fs::path> written;
-    for (int i = first; i < argc; i++) {
+    const std::vector<std::string> images(argv + first, argv + argc);
+    std::vector<fs::path> targets;
+    if (!palette.empty()) targets = targets_of(images, argv[1], out);
+    for (size_t i = 0; i < images.size(); i++) {
+        const std::string& path = images[i];
         Tensor image;
         try {
-            image = read_image(argv[i], channels);
+            image = read_image(path, channels);
         } catch (const Error& error) {
-            throw Error(std::string(argv[i]) + ": " + error.what());
+            throw Error(path + ": " + error.what());
         }
         const Tensor pixels = to_size(image, size).permute({2, 0, 1}).contiguous();
         const Tensor logits = model(pixels.unsqueeze(0))[0];
+        if (logits.size(0) != int64_t(classes.size()))
+            throw Error(std::string(argv[1]) + " is no model that export.py made (it gives " +
+                        std::to_string(logits.size(0)) + " classes and names " +
+                        std::to_string(classes.size()) + ")");
         if (palette.empty()) {
             const auto [odds, best] = logits.softmax(0).max(0);
-            std::printf("%s: %s %.1f %%\n", argv[i], classes.at(best.item<int64_t>()).c_str(),
-                        100 * odds.item<float>());
+            std::printf("%s: %s %.1f %%\n", path.c_str(),
+                        classes.at(best.item<int64_t>()).c_str(), 100 * odds.item<float>());
             continue;
         }
-        const fs::path path = out / fs::path(argv[i]).stem().concat(".png");
-        if (!written.insert(path).second)
-            throw Error("two images would both write " + path.string());
         fs::create_directories(out);
         const Tensor mask = logits.argmax(0).to(torch::kUInt8);
-        write_mask(mask_to(mask, image.size(0), image.size(1)), palette, path);
-        std::printf("%s -> %s\n", argv[i], path.c_str());
+        write_mask(mask_to(mask, image.size(0), image.size(1)), palette, targets[i]);
+        std::printf("%s -> %s\n", path.c_str(), targets[i].c_str());
     }
     return 0;
 }

@@ -58,6 +58,22 @@ def write_atomic(path: Path, content: bytes, previous: Path | None = None) -> No
         temporary.unlink(missing_ok=True)
 
 
+def refuse_overwriting(targets: Iterable[Path], read: Iterable[str | Path], flag: str) -> None:
+    """BadInput if one of the files to write is, by whatever name, one of those that are read."""
+    def identity(path: str | Path) -> tuple[int, int] | None:
+        try:
+            found = os.stat(path)
+        except OSError:  # whoever reads it will say so
+            return None
+        return found.st_dev, found.st_ino
+
+    known = {identity(path) for path in read} - {None}
+    for target in targets:
+        if identity(target) in known:
+            raise BadInput(f"{target} is a file that is read, and would be overwritten; choose "
+                           f"another {flag}")
+
+
 def shown(path: str | Path) -> str:
     """A file's name as text that every screen and figure takes: it may be no UTF-8."""
     return os.fsencode(path).decode(errors="replace")

@@ -154,10 +154,10 @@ class Seen(torch.nn.Module):
         return -(images[:, self.channel:self.channel + 1].float() - values).abs()
 
 
-def seen_by(folder, channels, channel, size, suffix):
-    """Its file, an .onnx or a .ts.pt, as export.py makes them."""
-    grey = ",".join(f"{i:02x}" * 3 for i in range(256))
-    about = {"input": "images", "classes": ",".join(map(str, range(256))), "palette": grey,
+def seen_by(folder, channels, channel, size, suffix, named=256):
+    """Its file, an .onnx or a .ts.pt, as export.py makes them, which names so many classes."""
+    grey = ",".join(f"{i:02x}" * 3 for i in range(named))
+    about = {"input": "images", "classes": ",".join(map(str, range(named))), "palette": grey,
              "stride": "1", "size": str(size),
              "mean": ",".join("0" * channels), "std": ",".join("1" * channels)}
     module, path = Seen(channel).eval(), folder / f"{channels}{channel}{suffix}"
@@ -201,6 +201,66 @@ def test_cpp_says_what_it_does_not_read(runner, tmp_path):
         said = {"text.ppm": "is no binary PGM or PPM (P5, P6); save it as one, or as PNG"}.get(
             path.name, "is no PNG, JPEG, PGM or PPM image; save it as one of these")
         assert done.returncode == 2 and done.stderr == f"error: {path}: {said}\n"
+
+
+@pytest.fixture(params=["python", "cpp"])
+def tool(request, tmp_path):
+    """predict.py or the C++ program, run in tmp_path: tool(named, argv) with a `seen_by` model."""
+    def run_tool(argv, named=256):
+        suffix = {"python": ".onnx", "cpp": ".ts.pt"}[request.param]
+        model = seen_by(tmp_path, 3, 1, 48, suffix, named)
+        before = ([sys.executable, REPO / "predict.py", "--model", model] if suffix == ".onnx" else
+                  [request.getfixturevalue("runner"), model])
+        return subprocess.run([*map(str, before), *map(str, argv)], cwd=tmp_path, text=True,
+                              capture_output=True)
+    return run_tool
+
+
+def test_a_mask_never_replaces_what_is_read(tool, photos, tmp_path):
+    """Not by the same name, by a link to the folder, nor by another name of the same file."""
+    (tmp_path / "here").symlink_to(tmp_path / "photos")
+    (tmp_path / "other").mkdir()
+    Image.open(photos[0]).save(tmp_path / "photos/b.jpg")
+    os.link(photos[1], tmp_path / "other/b.png")
+    before = {path: path.read_bytes() for path in photos}
+    first = photos[0].relative_to(tmp_path)
+    for out, images, target in (("photos", [first], "photos/0.png"),
+                                ("here", ["photos/2.png", first], "here/2.png"),
+                                ("other", ["photos/b.jpg", "photos/1.png"], "other/b.png")):
+        done = tool(["--out", out, *images])
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr == (f"error: {target} is a file that is read, and would be overwritten; "
+                               f"choose another --out\n")
+    assert {path: path.read_bytes() for path in photos} == before
+    done = tool(["--out", "new", first])
+    assert done.returncode == 0 and (tmp_path / "new/0.png").exists(), done.stderr
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/0.png.tmp").write_text("a user's own")
+    for _ in range(2):  # what an earlier run wrote is replaced
+        assert tool(["--out", "kept", first]).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["0.png", "0.png.tmp"]
+
+
+def test_two_masks_of_one_name_are_refused_before_one_is_written(tool, photos, tmp_path):
+    done = tool(["photos/0.png", "photos/1.png", "elsewhere/0.jpg"])
+    assert done.returncode == 2 and not (tmp_path / "predictions").exists()
+    assert done.stderr == ("error: elsewhere/0.jpg and photos/0.png would both write "
+                           "predictions/0.png; predict them into two --out\n")
+
+
+def test_a_model_that_names_fewer_classes_than_it_gives(tool, photos, tmp_path):
+    """As the page's files of two networks do, whose classes lie side by side."""
+    done = tool(["photos/0.png"], named=10)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.endswith(
+        " is no model that export.py made (it gives 256 classes and names 10)\n")
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "predictions").exists()
+
+
+def test_the_pages_files_of_two_networks_are_refused():
+    done = predict("--model", "web/models/maxpool-frozen.onnx", CASES / "0_Boot_grey.png")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "(it gives 20 classes and names 10)" in done.stderr
 
 
 # ---- sizes, from the files to the score ----
@@ -280,8 +340,8 @@ def test_cpp_refusals(seg, runner, tmp_path, photos):
             ((model, "huge.pgm"), "huge.pgm: has more than 64 million pixels"),
             ((model, "odd.pgm"), "odd.pgm: has a damaged PGM or PPM header"),
             ((model, "nothing.png"), "nothing.png: cannot be opened"),
-            ((model, "a/0.png", photos[0]), "a/0.png: cannot be opened"),
-            ((model, photos[0], photos[0]), "two images would both write predictions/0.png"),
+            ((model, "a/0.png", photos[1]), "a/0.png: cannot be opened"),
+            ((model, photos[0], photos[0]), "would both write predictions/0.png; predict them"),
             (("nothing.ts.pt", photos[0]), "nothing.ts.pt"),
             ((model, "--bench", "1"), "--bench wants")):
         done = subprocess.run([runner, *map(str, argv)], cwd=tmp_path, capture_output=True,
