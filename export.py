@@ -4,6 +4,8 @@
     python export.py bench --checkpoint runs/.../seed0.pt      time all forms, after the export
     python export.py predict --model FILE.onnx IMAGES...       predict.py, which needs no torch
 
+The flags of the first are below; `python export.py bench -h` shows those of the other.
+
 Every form takes uint8 RGB (grey for Fashion-MNIST) images (N, C, H, W), any N, H and W multiples
 of the model's stride, and gives float32 logits. Normalisation is inside, BatchNorm is folded into
 the convolutions. A classifier's ONNX files have a second output, `maps`, float32 (N, classes, h,
@@ -58,7 +60,7 @@ from lab import batches, cli, devices, engine, forms, records
 from lab.batches import Dataset
 from lab.cli import flag
 from lab.deployed import Deployed, WithMaps, fold_batchnorm
-from lab.files import BadInput
+from lab.files import BadInput, refuse_overwriting
 from lab.forms import FORMS, ParityError
 from lab.provenance import environment
 
@@ -210,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     model, record = engine.load_trained(Path(cfg.checkpoint), torch.device("cpu"), models.build)
     dataset = data.load_recorded(record, cfg.data_root, cfg.data)
     out = Path(cfg.out or Path(cfg.checkpoint).with_suffix(""))
+    refuse_overwriting([out / form.file for form in FORMS.values()], [cfg.checkpoint], "--out")
     out.mkdir(parents=True, exist_ok=True)
     chosen = torch.linspace(0, len(dataset.train) - 1, min(cfg.calibration, len(dataset.train)))
     deployed = Deployed(fold_batchnorm(model), dataset.mean, dataset.std)

@@ -10,7 +10,8 @@
 `measure` takes a surrogate, a classifier of 2x2 grids (`train_cls.py --composites`), and writes
 where its attention lies, what the tied digit and the place of the garment do to it, and a sweep
 over all pixel shifts; of any other classifier it writes how far its features are from moving with
-the image. `make interpret` runs all of it, and `study.py` draws what the records say.
+the image. `make interpret` runs all of it, and `study.py` draws what the records say. Each command
+has flags of its own: `python interpret.py measure -h`.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from data import Composites
 from lab import batches, cli, devices, engine, equivariance, figures, panels, records
 from lab.batches import Dataset, Split
 from lab.cli import flag
-from lab.files import BadInput, colours, read_image, shown, to_size
+from lab.files import BadInput, colours, read_image, refuse_overwriting, shown, to_size
 from lab.progress import progress
 from lab.provenance import environment
 
@@ -226,8 +227,15 @@ def measure(cfg: Measure) -> None:
     if trained["about_data"].get("own"):
         raise BadInput(f"{cfg.checkpoint} was trained on {trained['about_data']['name']}; measure "
                        f"takes classifiers of Fashion-MNIST")
+    settings = {**config, "images": cfg.images, "sweep_images": cfg.sweep_images}
+    made_of = f"{data.IDX_DIGESTS} {config['split']} {cfg.images}"
+    digest = hashlib.sha256(made_of.encode()).hexdigest()
     path = Path(cfg.out, f"seed{config['seed']}.json")
     if path.exists():
+        known, weights = records.read(path), "weights_sha256"
+        of = {**known["config"], weights: known.get("trained", {}).get(weights)}
+        records.refuse_other(path, {**known, "config": of},
+                             {"config": {**settings, weights: trained[weights]}, "data": digest})
         print(f"record {path} is there already")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,10 +247,7 @@ def measure(cfg: Measure) -> None:
         more["error"] = measure_equivariance(surrogate, cfg.sweep_images)
         scores = {f"equivariance_error_{padding}": float(np.mean(error))
                   for padding, error in more["error"].items()}
-    made_of = f"{data.IDX_DIGESTS} {config['split']} {cfg.images}"
-    record = {"script": "interpret.py",
-              "config": {**config, "images": cfg.images, "sweep_images": cfg.sweep_images},
-              "data": hashlib.sha256(made_of.encode()).hexdigest(),
+    record = {"script": "interpret.py", "config": settings, "data": digest,
               "environment": environment(device, surrogate.dtype), "trained": trained,
               "metrics": {"test": scores}, **more}
     records.write(path, record, arrays)
@@ -263,13 +268,19 @@ def draw_attention(cfg: Attention) -> None:
         if not runs[name][1]["config"].get("composites"):
             raise BadInput(f"--{name} {file} is no surrogate: train it with train_cls.py "
                            f"--composites")
+    of = {name: record["config"] for name, (_, record) in runs.items()}
+    if of["frozen"]["split"] != of["scratch"]["split"]:
+        raise BadInput(f"--frozen is of split {of['frozen']['split']}, --scratch of "
+                       f"{of['scratch']['split']}, so that they hold out other garments; name two "
+                       f"of one split")
     found = {}
     for name, (model, record) in runs.items():
         surrogate = Surrogate(model, record, root, device, 2000)
         grids = surrogate.grids()
         found[name] = [t.cpu() for t in surrogate.predict_with_maps(grids)]
     targets = grids.split.targets.cpu()
-    right = {name: logits.argmax(1) == targets for name, (logits, _) in found.items()}
+    said = {name: logits.argmax(1) for name, (logits, _) in found.items()}
+    right = {name: prediction == targets for name, prediction in said.items()}
     samples = []
     for frozen, scratch in ((True, True), (True, False), (False, True), (False, False)):
         match = ((right["frozen"] == frozen) & (right["scratch"] == scratch)).nonzero().flatten()
@@ -277,12 +288,15 @@ def draw_attention(cfg: Attention) -> None:
             i = int(match[0])
             samples.append({"index": i, "grid": grids.split.images[i, 0].cpu().numpy(),
                             "target": int(targets[i]), "cell": int(grids.cells[i]),
+                            "predictions": {name: int(said[name][i]) for name in said},
                             "maps": {name: maps[i].numpy() for name, (_, maps) in found.items()}})
-    ties = {name: record["config"]["tie"] for name, (_, record) in runs.items()}
+    ties = {config["tie"]: f"tie {config['tie']:g}" for config in of.values()}
+    if len(ties) > 1:
+        ties = {name: f"{name} with tie {config['tie']:g}" for name, config in of.items()}
     figures.save(panels.draw_attention(
         samples, surrogate.dataset.classes,
-        f"Class activation maps of the first held-out grid of each kind, untied (trained with tie "
-        f"{ties['frozen']} and {ties['scratch']})"), Path(cfg.figure))
+        f"Class activation maps of the first held-out grid of each kind, untied (trained: "
+        f"{', '.join(ties.values())})"), Path(cfg.figure))
 
 
 def draw_predictions(model: nn.Module, record: dict, dataset: Dataset,
@@ -336,6 +350,8 @@ def show_predictions(cfg: Predictions) -> None:
     device = devices.pick_device(cfg.device)
     model, record = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     if cfg.image is not None:
+        pages = figures.pages_of(len(cfg.image), Path(cfg.figure))
+        refuse_overwriting(pages, [cfg.checkpoint, *cfg.image], "--figure")
         draw = lambda page: figures.marked(draw_images(model, record, page, device), [record])
         figures.save_pages(draw, cfg.image, Path(cfg.figure))
     else:

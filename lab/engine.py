@@ -187,12 +187,12 @@ class Run:
         """What the run's files hold, its record or a checkpoint. BadInput if of another run."""
         if self.files.record.exists():
             record = records.read(self.files.record)
-            self.refuse_other(self.files.record, record)
+            records.refuse_other(self.files.record, record, self.identity)
             self.files.release()
             return {"record": record}
         state = self.files.newest()
         if state is not None:
-            self.refuse_other(self.files.checkpoint, state["identity"])
+            records.refuse_other(self.files.checkpoint, state["identity"], self.identity)
         return state
 
     def resume(self) -> None:
@@ -222,16 +222,6 @@ class Run:
         if rank() == 0:
             print(f"{self.files.checkpoint}: goes on after epoch {self.epoch}/{self.cfg.epochs}"
                   f"{step}", file=sys.stderr)
-
-    def refuse_other(self, path: Path, stored: dict) -> None:
-        found = records.differing(stored, self.identity)
-        if stored["data"] != self.identity["data"]:
-            found["data"] = stored["data"], self.identity["data"]
-        if found:
-            other = "; ".join(f"{key} {theirs} there, {ours} here"
-                              for key, (theirs, ours) in found.items())
-            raise BadInput(f"{path} was made with other settings ({other}); choose another --out, "
-                           f"or delete it")
 
     def save(self, **more: typing.Any) -> None:
         """Write the checkpoint; with `more`, a finished run's, that instead of the optimiser."""

@@ -1,8 +1,8 @@
 """Pictures of a study, drawn from arrays and run records; nothing here computes with a network.
 
 Every function returns a matplotlib Figure, which `save` writes. Colours are Okabe and Ito's and
-matplotlib's viridis and PuOr, which every kind of colour vision tells apart. Images side by side
-are in lab/panels.py.
+matplotlib's viridis, which every kind of colour vision tells apart. Images side by side are in
+lab/panels.py.
 """
 
 import io
@@ -63,17 +63,22 @@ def save(figure: Figure, path: Path) -> None:
     print(f"figure {path}")
 
 
+def pages_of(count: int, path: Path) -> list[Path]:
+    """The files of a picture of so many items: `path`, or for each PAGE of them PATH-1, PATH-2."""
+    pages = -(-count // PAGE)
+    return [path] if pages == 1 else [path.with_stem(f"{path.stem}-{i + 1}") for i in range(pages)]
+
+
 def save_pages(draw: Callable[[tuple], Figure], items: tuple, path: Path) -> None:
-    """Write draw(items), or a page of it for every PAGE items: PATH-1, PATH-2 and so on.
+    """Write draw(items), or a page of it for every PAGE items: see `pages_of`.
 
     They are drawn one at a time: a layout takes the longer for a panel the more it has.
     """
-    pages = range(0, len(items), PAGE)
-    for i in pages:
-        page = path if len(pages) == 1 else path.with_stem(f"{path.stem}-{i // PAGE + 1}")
-        write(draw(items[i:i + PAGE]), page)
-    several = f"s {path.with_stem(f'{path.stem}-1')} to" if len(pages) > 1 else ""
-    print(f"figure{several} {page}")
+    pages = pages_of(len(items), path)
+    for i, page in enumerate(pages):
+        write(draw(items[i * PAGE:(i + 1) * PAGE]), page)
+    several = f"s {pages[0]} to" if len(pages) > 1 else ""
+    print(f"figure{several} {pages[-1]}")
 
 
 # ---- a table of rows ----

@@ -4,14 +4,23 @@ Functions take arrays and records and return a matplotlib Figure, as those of la
 """
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
 from lab.batches import VOID, Dataset
-from lab.figures import BLUE, RED, Figure, across_seeds, literal, subplots
+from lab.figures import Figure, across_seeds, literal, subplots
 
 WRONG = np.array((204, 121, 167), dtype=np.uint8)  # Okabe and Ito's purple
+# against a class, neither, for it: the page's colours (web/js/draw.js), which every kind of colour
+# vision tells apart
+EVIDENCE = LinearSegmentedColormap.from_list("evidence", np.array(
+    [(70, 160, 240), (255, 255, 255), (230, 120, 0)]) / 255)
+# frames around maps in those colours
+TRUE = {"color": "black", "linewidth": 3}
+MISTAKE = {"color": "#8b1a89", "linewidth": 3, "linestyle": (0, (2, 1)),
+           "capstyle": "butt"}  # other ends of dashes would fill the gaps
 COLUMNS = 20  # classes side by side: more are too small to see
 PANEL = 512  # pixels that an image keeps under a map: a panel is half as wide, the rest is time
 
@@ -97,7 +106,7 @@ def draw_overlays(images: list[np.ndarray], maps: list[np.ndarray], names: list[
     for line, image, layers, name, labels in zip(axes, images, maps, names, captions):
         extent = (0, image.shape[1], image.shape[0], 0)
         scale = np.abs(layers).max()
-        colours = ({"cmap": "PuOr", "vmin": -scale, "vmax": scale} if diverging else
+        colours = ({"cmap": EVIDENCE, "vmin": -scale, "vmax": scale} if diverging else
                    {"cmap": "viridis", "vmin": 0, "vmax": 1})
         small = Image.fromarray(image).convert("RGB")
         small.thumbnail((PANEL, PANEL))
@@ -118,26 +127,28 @@ def draw_overlays(images: list[np.ndarray], maps: list[np.ndarray], names: list[
 def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> Figure:
     """Grids, and the class activation maps of several networks for every class (report, Figure 1).
 
-    samples: dicts of `grid` (H, W), `cell` 0 to 3, `target`, and for each network in `maps` a name
-    and an array (classes, h, w). All maps of a network and a grid share one colour scale.
+    samples: dicts of `grid` (H, W), `cell` 0 to 3, `target`, and {network: value} of `predictions`,
+    classes, and of `maps` (classes, h, w). All maps of a network and a grid share one colour scale.
     """
     networks = list(samples[0]["maps"])
     rows = len(samples) * len(networks)
-    figure, axes = subplots(rows, 1 + len(names), figsize=(13, 1.28 * rows + 0.8))
+    figure, axes = subplots(rows, 1 + len(names), squeeze=False,
+                            figsize=(13, 1.28 * rows + 0.8))
     for i, sample in enumerate(samples):
         target, (top, left) = sample["target"], divmod(sample["cell"], 2)
         for j, network in enumerate(networks):
             row, maps = axes[i * len(networks) + j], sample["maps"][network]
-            scale, prediction = np.abs(maps).max(), int(maps.sum((1, 2)).argmax())
+            scale, prediction = np.abs(maps).max(), sample["predictions"][network]
             side = maps.shape[-1] / 2
             for c, (ax, name) in enumerate(zip(row[1:], names)):
-                ax.imshow(maps[c], cmap="PuOr", vmin=-scale, vmax=scale)
+                ax.imshow(maps[c], cmap=EVIDENCE, vmin=-scale, vmax=scale)
                 ax.add_patch(Rectangle((left * side - 0.5, top * side - 0.5), side, side,
                                        fill=False, ec="0.3", ls=":"))
                 ax.set(xticks=[], yticks=[], title=name if i == j == 0 else "")
-                mark = BLUE if c == target else RED if c == prediction else None
+                frame = (TRUE if c == target else MISTAKE if c == prediction else
+                         {"color": "0.8", "linewidth": 0.8})
                 for spine in ax.spines.values():
-                    spine.set(color=mark or "0.8", linewidth=3 if mark else 0.8)
+                    spine.set(**frame)
             verdict = "right" if prediction == target else "wrong"
             row[1].set_ylabel(f"{network}: {verdict}\n{names[prediction]}\n±{scale:.2f}",
                               fontsize=9, rotation=0, ha="right", va="center")
@@ -147,9 +158,9 @@ def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> F
         grid.axis("on")
         grid.imshow(sample["grid"], cmap="gray")
         grid.set_xlabel(f"no. {sample['index']}: {names[target]}", fontsize=9)
-    figure.suptitle(f"{title}\nframe: blue the true class, red a wrong prediction; dots: the cell "
-                    "of the garment; purple favours the class, orange speaks against it, ± is the "
-                    "end of a row's scale", fontsize=10)
+    figure.suptitle(f"{title}\nframe: the true class; dashed: a wrong prediction; dots: the cell of "
+                    "the garment; orange favours the class, blue speaks against it, ± is the end "
+                    "of a row's scale", fontsize=10)
     return figure
 
 

@@ -97,6 +97,18 @@ def differing(a: dict, b: dict, keys: Iterable[str] | None = None) -> dict[str, 
     return found
 
 
+def refuse_other(path: Path, stored: dict, ours: dict) -> None:
+    """BadInput if what lies at the path was made with other settings or of other data."""
+    found = differing(stored, ours)
+    if stored["data"] != ours["data"]:
+        found["data"] = stored["data"], ours["data"]
+    if found:
+        other = "; ".join(f"{key} {theirs} there, {mine} here"
+                          for key, (theirs, mine) in found.items())
+        raise BadInput(f"{path} was made with other settings ({other}); choose another --out, "
+                       f"or delete it")
+
+
 def each_of(rows: dict[str, dict[int, dict]]) -> list[dict]:
     return [record for seeds in rows.values() for record in seeds.values()]
 

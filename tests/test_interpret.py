@@ -169,6 +169,17 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
     before = (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns
     measure("frozen", folder / "frozen-tie0")
     assert (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns == before  # made once
+    for name, images, said in (("scratch", 40, "weights_sha256 "), ("base", 40, "weights_sha256 "),
+                               ("frozen", 30, "images 40 there")):
+        capsys.readouterr()
+        for place in ("frozen-tie0", surrogates["base"].parent):  # a run's own record is another's
+            assert draw("measure", "--checkpoint", surrogates[name], "--out", folder / place,
+                        "--images", images, "--sweep-images", 2, "--data-root", fashion_root) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 2
+        assert "frozen-tie0/seed0.json was made with other settings" in errors[0]
+        assert said in errors[0] and "choose another --out, or delete it" in errors[1]
+    assert (folder / "frozen-tie0/seed0.json").stat().st_mtime_ns == before
     for row in ("base", "stride"):
         measure(row, folder.parent / "equivariance" / row)
         assert "equivariance: 50 % of 64 shifts" in capsys.readouterr().err
@@ -184,6 +195,34 @@ def test_figure1_shows_right_and_wrong_grids_of_both(surrogates, fashion_root, t
     assert draw("attention", "--frozen", surrogates["frozen"], "--scratch", surrogates["scratch"],
                 "--data-root", fashion_root, "--figure", tmp_path / "figure1.png") == 0
     assert (tmp_path / "figure1.png").stat().st_size > 50_000
+
+
+def test_figure1_is_of_one_split(surrogates, fashion_root, tmp_path, capsys):
+    """Grids and targets of one of them would be held against the other's maps."""
+    dev = conftest.trained("train_cls", tmp_path / "dev", "--train-images", 256, "--composites",
+                           "--split", "dev", root=fashion_root)
+    capsys.readouterr()
+    assert draw("attention", "--frozen", surrogates["frozen"], "--scratch", dev / "seed0.pt",
+                "--data-root", fashion_root, "--figure", tmp_path / "figure1.png") == 2
+    said = capsys.readouterr().err
+    assert "--frozen is of split full, --scratch of dev" in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "figure1.png").exists()
+
+
+def test_a_figure_never_replaces_the_photo_that_it_shows(trained, tmp_path, capsys):
+    image = Image.fromarray(data.synthetic_facade(0, 96)[0])
+    (tmp_path / "photos").mkdir()
+    paths = [tmp_path / f"photos/own-{i}.png" for i in range(1, figures.PAGE + 2)]
+    for path in paths:
+        image.save(path)
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    before = [path.read_bytes() for path in paths]
+    for figure, given in (("photos/own-3.png", paths[2:3]), ("link/own-3.png", paths[:3]),
+                          ("photos/own.png", paths)):  # whose pages are own-1.png and own-2.png
+        assert draw("--checkpoint", trained, "--image", *given, "--figure", tmp_path / figure) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "is a file that is read, and would be overwritten; choose another --figure" in said
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_ones_own_images(surrogates, trained, tmp_path, capsys):
