@@ -185,13 +185,17 @@ endif
 ifneq ($(filter interpret rows/attention gpu,$(MAKECMDGOALS)),)
 $(error $(MAKECMDGOALS) DATA=$(DATA): surrogates and GPU checks are of the study's own sets; with DATA there are table1, table2, claims, figures and export)
 endif
-NAME := $(shell basename "$$(realpath "$(DATA)")" | tr -c 'A-Za-z0-9._\n-' '-')
+# the folder's name, for files and flags; where that leaves something out, a hash tells such folders apart
+NAME := $(shell name="$$(basename "$$(realpath "$(DATA)")")"; \
+  plain="$$(printf %s "$$name" | LC_ALL=C tr -c 'A-Za-z0-9._-' '-' | sed 's/^[-.]*//')"; \
+  hash="$$(printf %08x "$$(printf %s "$$name" | cksum | cut -d' ' -f1)")"; \
+  if [ "$$plain" = "$$name" ]; then echo "$$name"; else echo "$${plain:+$$plain-}$$hash"; fi)
 SET := $(PROTOCOL)-$(NAME)
 OWN := $(shell if [ -e "$(DATA)/classes.txt" ]; then echo table2; else echo table1; fi)
 FLAGS_DATA := --data "$(DATA)"
 PLAN = $(RESULTS)/plan.txt
 endif
-STUDY = $(PY) study.py $(1) --protocol $(PROTOCOL) $(if $(DATA),--name $(NAME)) --results $(dir $(RESULTS))
+STUDY = $(PY) study.py $(1) --protocol $(PROTOCOL) $(if $(DATA),--name=$(NAME)) --results $(dir $(RESULTS))
 
 RESULTS := results/$(SET)
 ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))

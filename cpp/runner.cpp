@@ -1,4 +1,4 @@
-// Runs an exported model in C++: masks or classes of images, or its speed. `make cpp/runner` makes it.
+// Runs an exported model in C++: masks or classes of images, or its speed. Made by `make cpp/runner`.
 //
 //     cpp/runner MODEL IMAGES...                            MODEL: a .ts.pt or .pt2 of export.py
 //     cpp/runner MODEL --out FOLDER IMAGES...               masks go to FOLDER (predictions)

@@ -127,8 +127,8 @@ def draw_overlays(images: list[np.ndarray], maps: list[np.ndarray], names: list[
 def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> Figure:
     """Grids, and the class activation maps of several networks for every class (report, Figure 1).
 
-    samples: dicts of `grid` (H, W), `cell` 0 to 3, `target`, and {network: value} of `predictions`,
-    classes, and of `maps` (classes, h, w). All maps of a network and a grid share one colour scale.
+    samples: dicts of `grid` (H, W), `cell` 0 to 3, `target`, and by network `predictions`, classes,
+    and `maps` (classes, h, w). All maps of a network and a grid share one colour scale.
     """
     networks = list(samples[0]["maps"])
     rows = len(samples) * len(networks)
@@ -158,8 +158,8 @@ def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> F
         grid.axis("on")
         grid.imshow(sample["grid"], cmap="gray")
         grid.set_xlabel(f"no. {sample['index']}: {names[target]}", fontsize=9)
-    figure.suptitle(f"{title}\nframe: the true class; dashed: a wrong prediction; dots: the cell of "
-                    "the garment; orange favours the class, blue speaks against it, ± is the end "
+    figure.suptitle(f"{title}\nframe: the true class; dashed: a wrong prediction; dots: the "
+                    "cell of the garment; orange favours the class, blue speaks against it, ± is the end "
                     "of a row's scale", fontsize=10)
     return figure
 

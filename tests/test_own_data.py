@@ -110,6 +110,31 @@ def test_the_table_has_no_report(example):
     assert (example / "results/smoke-shapes/table1.md").exists()
 
 
+def test_every_folder_has_results_of_its_own(tmp_path):
+    """Also one whose name is no name for a file or a flag: what is left out, a hash tells apart."""
+    names = ("shapes", "v1.2_b", "写真", "街道", "my photos", "my-photos", "-dash", ".hidden", "a\nb")
+    found = {}
+    for name in names:
+        (tmp_path / name / "train").mkdir(parents=True)
+        # a line break would end a line of the Makefile: such a folder is reached by another way
+        folder = tmp_path / name if "\n" not in name else tmp_path / "link"
+        if not folder.exists():
+            folder.symlink_to(tmp_path / name)
+        done = subprocess.run(["make", "-n", "table1", f"DATA={folder}", "PROTOCOL=smoke",
+                               f"PY={sys.executable}"], cwd=REPO, capture_output=True, text=True,
+                              env={**os.environ, "MAKEFLAGS": "", "MAKELEVEL": "0"})
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stdout.splitlines() if "study.py table1" in line)
+        flag = next(word for word in shlex.split(line) if word.startswith("--name="))
+        found[name] = flag.removeprefix("--name=")
+        assert f"--out results/smoke-{found[name]}/table1/maxpool-2-32" in done.stdout
+    assert found["shapes"] == "shapes" and found["my-photos"] == "my-photos"
+    assert found["v1.2_b"] == "v1.2_b" and len(set(found.values())) == len(names)
+    for name in names[2:]:
+        if name != "my-photos":
+            assert re.fullmatch(r"([a-z][a-z-]*-)?[0-9a-f]{8}", found[name]), (name, found[name])
+
+
 def masks_of(folder):
     return {path.stem: np.asarray(Image.open(path)) for path in sorted(folder.iterdir())}
 

@@ -139,6 +139,7 @@ def test_without_npm_one_line_says_so(fresh, monkeypatch, capsys):
     assert built(fresh / "page") == 2 and not (fresh / "page").exists()
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("error: no npm, which fetches onnxruntime-web")
+    assert f"into {fresh / 'runtime'}/ by hand" in said[0]
 
 
 def test_an_npm_that_cannot_get_it_and_a_wrong_runtime(fresh, monkeypatch, capsys):
@@ -149,7 +150,8 @@ def test_an_npm_that_cannot_get_it_and_a_wrong_runtime(fresh, monkeypatch, capsy
     assert built(fresh / "page") == 2
     assert "npm cannot get onnxruntime-web" in (said := capsys.readouterr().err)
     assert "(npm error code E404)" in said and len(said.splitlines()) == 1
-    monkeypatch.setattr(build, "from_npm", lambda folder: dict.fromkeys(build.RUNTIME, b"other"))
+    assert f"into {fresh / 'runtime'}/ by hand" in said
+    monkeypatch.setattr(build, "from_npm", lambda *_: dict.fromkeys(build.RUNTIME, b"other"))
     assert built(fresh / "page") == 2 and "has other files than" in capsys.readouterr().err
     assert not (fresh / "page").exists() and not (fresh / "runtime").exists()
 
@@ -158,10 +160,11 @@ def test_the_site_is_whole_and_replaced_as_a_whole(fresh, monkeypatch, capsys):
     content = {name: name.encode() for name in build.RUNTIME}
     monkeypatch.setattr(build, "RUNTIME", {
         name: hashlib.sha256(value).hexdigest() for name, value in content.items()})
-    monkeypatch.setattr(build, "from_npm", lambda folder: content)
-    (fresh / "page").mkdir()
-    (fresh / "page/old.html").write_text("of an earlier build")
+    monkeypatch.setattr(build, "from_npm", lambda *_: content)
+    (fresh / "page").mkdir()  # an empty folder is no one's
     assert built(fresh / "page") == 0 and "page " in capsys.readouterr().out
+    (fresh / "page/old.html").write_text("of an earlier build")
+    assert built(fresh / "page") == 0
     made = {path.relative_to(fresh / "page").as_posix()
             for path in (fresh / "page").rglob("*") if path.is_file()}
     assert {"index.html", "js/worker.js", "models/index.json", "data/tables.json",
@@ -169,6 +172,36 @@ def test_the_site_is_whole_and_replaced_as_a_whole(fresh, monkeypatch, capsys):
     assert "old.html" not in made and not any(name.endswith(".py") for name in made)
     monkeypatch.setattr(build, "from_npm", None)  # an earlier build's runtime is used again
     assert built(fresh / "page") == 0
+
+
+def test_what_is_no_page_is_not_replaced(fresh, monkeypatch, capsys):
+    """Nor is the runtime fetched for it."""
+    monkeypatch.setattr(build, "from_npm", lambda *_: pytest.fail("was fetched"))
+    (fresh / "docs").mkdir()
+    (fresh / "docs/thesis.md").write_text("the only copy")
+    (fresh / "file").write_text("the only copy")
+    (fresh / "models").mkdir()  # half of what tells a page: someone's networks
+    (fresh / "models/models").mkdir()
+    (fresh / "models/models/index.json").write_text("{}")
+    for name in ("docs", "file", "models"):
+        before = sorted(fresh.rglob("*"))
+        assert built(fresh / name) == 2 and sorted(fresh.rglob("*")) == before
+        said = capsys.readouterr().err
+        assert f"{fresh / name} is no page that this program built" in said
+        assert len(said.splitlines()) == 1
+
+
+def test_networks_delete_their_own_files_alone(tmp_path, monkeypatch):
+    """Files that an earlier index lists go; another's in the same folder stay."""
+    for name in ("old.onnx", "mine.onnx", "new.onnx"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "index.json").write_text(json.dumps({"files": [
+        {"file": name, "sha256": ""} for name in ("old.onnx", "new.onnx")]}))
+    monkeypatch.setattr(networks, "available", lambda cfg: [networks.Source("new.onnx", {})])
+    monkeypatch.setattr(networks, "make",
+                        lambda cfg, source, earlier: {"file": source.file, "bytes": 1})
+    networks.main(["--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.glob("*.onnx")} == {"mine.onnx", "new.onnx"}
 
 
 def test_forms_and_page_agree_on_names():

@@ -319,6 +319,43 @@ def test_what_is_no_photo_is_refused_in_a_line(open_page):
     assert not line.is_visible()
 
 
+def test_a_photo_too_large_for_a_canvas_gets_no_mask(open_page):
+    """Chromium draws up to 65,535 pixels a side; past that its canvas stays empty, silently."""
+    page = open_page("#facade")
+    page.wait_for_function("globalThis.probe?.facade?.shown()")
+    before = page.evaluate("probe.facade.shown().name")
+    drop(page, "tall.png", content(Image.new("L", (100, 70_000), 9), "PNG"), "image/png")
+    page.wait_for_function("document.getElementById('facade-error').innerText")
+    assert page.locator("#facade-error").inner_text() == ("tall.png cannot be read as an image (more pixels a side than this browser "
+                    "draws): choose a photo.")
+    assert page.evaluate("probe.facade.shown().name") == before
+
+
+def test_a_broken_worker_fails_its_own_requests_alone(open_page):
+    page = open_page("#tables")
+    said = page.evaluate("""async () => {
+      const [made, said] = [[], []];
+      globalThis.Worker = class {
+        constructor() { made.push(this); }
+        postMessage({ id }) { this.id = id; }
+        terminate() {}
+      };
+      Object.defineProperty(navigator, "hardwareConcurrency", { value: 2 });
+      const { prepare } = await import(new URL("js/nets.js?alone", document.baseURI));
+      const note = (name, asked) => asked.then(() => "done", (error) => error.message)
+        .then((how) => said.push(`${name} ${how}`));
+      const both = [note("first", prepare(0, "a")), note("second", prepare(1, "b"))];
+      made[0].onerror({ preventDefault() {}, message: "broken" });
+      made[1].onmessage({ data: { id: made[1].id } });
+      await Promise.all(both);
+      const again = note("again", prepare(0, "a"));
+      made[2]?.onmessage({ data: { id: made[2].id } });
+      await Promise.race([again, new Promise((done) => setTimeout(done, 500))]);
+      return said;
+    }""")
+    assert said == ["first broken", "second done", "again done"]
+
+
 # ---- the third ----
 
 def test_tables_sort_and_show_their_seeds(open_page):

@@ -10,6 +10,7 @@ study.py. Any static host serves the folder, at any path.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -35,19 +36,20 @@ PROTOCOLS = ("report", "desk", "small")  # the most telling first
 
 # ---- the runtime ----
 
-def from_npm(folder: Path) -> dict[str, bytes]:
+def from_npm(folder: Path, kept: Path) -> dict[str, bytes]:
     """The runtime's files out of its package. BadInput where npm is missing or cannot get it."""
+    by_hand = f"put {', '.join(RUNTIME)} into {kept}/ by hand"
     if not shutil.which("npm"):
         raise BadInput(f"no npm, which fetches {PACKAGE} {VERSION}: install it (Debian: apt-get "
-                       f"install npm), or put {', '.join(RUNTIME)} into build/runtime/ by hand")
+                       f"install npm), or {by_hand}")
     inside = {f"package/dist/{name}": name for name in RUNTIME}
     try:
         return dict(read_tar(npm_package(f"{PACKAGE}@{VERSION}", folder), inside.get))
     except (subprocess.SubprocessError, StopIteration) as error:
         said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").split("\n")
         reason = next((line for line in said if line.startswith("npm ")), type(error).__name__)
-        raise BadInput(f"npm cannot get {PACKAGE} {VERSION} ({reason[:120]}); put "
-                       f"{', '.join(RUNTIME)} into build/runtime/ by hand") from error
+        raise BadInput(f"npm cannot get {PACKAGE} {VERSION} ({reason[:120]}); {by_hand}"
+                       ) from error
 
 
 def runtime(kept: Path) -> dict[str, bytes]:
@@ -59,7 +61,7 @@ def runtime(kept: Path) -> dict[str, bytes]:
     found = {name: (kept / name).read_bytes() for name in RUNTIME if (kept / name).exists()}
     if not right(found):
         with tempfile.TemporaryDirectory() as folder:
-            found = from_npm(Path(folder))
+            found = from_npm(Path(folder), kept)
         if not right(found):
             raise BadInput(f"{PACKAGE} {VERSION} has other files than web/build.py has digests of")
         kept.mkdir(parents=True, exist_ok=True)
@@ -129,6 +131,16 @@ def tables(folder: Path) -> dict:
 
 # ---- the site ----
 
+def refuse_anothers(out: Path) -> None:
+    """BadInput for a place that holds anything but an earlier page: it would be replaced whole."""
+    marks = out / "models/index.json", out / "data/tables.json"
+    if os.path.lexists(out) and not (out.is_dir() and (
+            not any(out.iterdir()) or all(mark.is_file() for mark in marks))):
+        raise BadInput(f"{out} is no page that this program built, and would be replaced whole; "
+                       f"choose a new or empty folder")
+
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__, allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", default="results", help="folder of the records (results)")
     args = parser.parse_args(argv)
     out = Path(args.out)
+    refuse_anothers(out)
     if not (SOURCE / "models/index.json").exists():
         raise BadInput(f"{SOURCE}/models has no index.json: make page-networks PROTOCOL=desk "
                        f"writes it")

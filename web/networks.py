@@ -219,9 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     total = sum(one["bytes"] for one in files)
     if total > LIMIT:
         raise BadInput(f"the files of {cfg.out} have {total:,} bytes, allowed {LIMIT:,}")
-    for path in Path(cfg.out).glob("*.onnx"):
-        if path.name not in {one["file"] for one in files}:
-            path.unlink()
+    for name in earlier.keys() - {one["file"] for one in files}:
+        Path(cfg.out, name).unlink(missing_ok=True)
     records.write(index, {"bytes": total, "files": files})
     print(f"{len(files)} files, {total / 1e6:.2f} MB, in {cfg.out}/")
 

@@ -36,9 +36,12 @@ async function decoded(blob, name) {
     context.fillRect(0, 0, width, height);
     context.drawImage(bitmap, 0, 0);
     bitmap.close();
-    return { canvas, width, height, pixels: context.getImageData(0, 0, width, height).data };
+    const pixels = context.getImageData(0, 0, width, height).data;
+    // a canvas that is too large, by limits of each browser's own, stays empty without an error
+    if (pixels[3] !== 255) throw new Error("more pixels a side than this browser draws");
+    return { canvas, width, height, pixels };
   } catch (error) {
-    const reason = /pixels/.test(error.message)
+    const reason = /pixels|memory/.test(error.message)
       ? error.message
       : "no PNG, JPEG, WebP, GIF or BMP";
     throw new Error(`${name} cannot be read as an image (${reason}): choose a photo.`);

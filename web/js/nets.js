@@ -17,10 +17,13 @@ function worker(i) {
     };
     made.onerror = (event) => {
       event.preventDefault();
-      for (const { reject } of waiting.values()) {
+      made.terminate();
+      workers[slot] = null; // so that one can try again
+      for (const [id, { reject, by }] of waiting) {
+        if (by !== made) continue; // the other workers will answer
+        waiting.delete(id);
         reject(new Error(event.message || "the runtime cannot be loaded"));
       }
-      waiting.clear();
     };
     workers[slot] = made;
   }
@@ -30,8 +33,9 @@ function worker(i) {
 function ask(slot, message, transfer = []) {
   const id = ++asked;
   return new Promise((resolve, reject) => {
-    waiting.set(id, { resolve, reject });
-    worker(slot).postMessage({ id, ...message }, transfer);
+    const by = worker(slot);
+    waiting.set(id, { resolve, reject, by });
+    by.postMessage({ id, ...message }, transfer);
   });
 }
 
