@@ -342,28 +342,28 @@ def load_recorded(record: dict, root: str | None, folder: str | None = None) -> 
     another.
     """
     config, about = record["config"], record["about_data"]
-    root = find_root(root)
+    root, images = find_root(root), config.get("train_images", 60000)
     if about.get("own"):
         if folder is None:
             raise BadInput(f"the checkpoint was trained on a folder of your own, {about['name']} "
                            f"{record['data'][:12]}; name it with --data")
-        dataset = load_own(folder, about["task"], about["size"], config["split"],
-                           config.get("train_images"))
+        dataset = load_own(folder, about["task"], about["size"], config["split"], images)
     elif folder is not None:
         raise BadInput(f"--data {folder}: the checkpoint was trained on {about['name']}, which is "
                        f"found by --data-root")
     elif about["task"] == "segmentation":
-        dataset = load_facades(root, config["split"], config["size"])
+        dataset = load_facades(root, config["split"], about["size"])
     elif config.get("composites"):
-        dataset = load_composites(root, config["split"], config["train_images"], config["tie"])
+        dataset = load_composites(root, config["split"], images, config.get("tie", 0.0))
     else:
-        dataset = load_fashion(root, config["split"], config["train_images"])
+        dataset = load_fashion(root, config["split"], images)
     if dataset.digest != record["data"]:
         where = f"--data {folder}" if about.get("own") else f"data root {root}"
         flag = "--data" if about.get("own") else "--data-root"
         raise BadInput(f"{where} holds {dataset.name} {dataset.digest[:12]}, the checkpoint was "
                        f"trained on {about['name']} {record['data'][:12]}; name that with {flag}")
-    return dataset
+    # as the network saw it, whatever version of this file trained it
+    return replace(dataset, mean=tuple(about["mean"]), std=tuple(about["std"]))
 
 
 def main() -> None:

@@ -105,20 +105,19 @@ def load_trained(path: Path, device: torch.device, build: Build) -> tuple[nn.Mod
     if "record" not in state:
         raise BadInput(f"{path} is of an unfinished run (epoch {state['epoch']}); run its training "
                        f"command again")
+    records.check_trained(path, state["record"])
+    config, about = state["record"]["config"], state["record"]["about_data"]
     try:
-        config, about = state["record"]["config"], state["record"]["about_data"]
-        # it becomes part of file names
-        if type(config["seed"]) is not int or config["seed"] < 0:
-            raise ValueError("seed")
-        about["task"], about["size"]
         with torch.device("meta"):  # takes no memory, whatever width the file names
             model = build(config, len(about["mean"]), len(about["classes"]))
         model.load_state_dict(state["model"], assign=True)
-        if about.get("synthetic"):
-            print(f"NOTE: {path} was trained on {about['name']}", file=sys.stderr)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path}: its settings and its weights do not fit together "
                        f"({type(error).__name__}); train the model again") from error
+    if about["size"] % getattr(model, "stride", 1):
+        raise BadInput(f"{path}: its record is damaged (about_data.size); train the model again")
+    if about.get("synthetic"):
+        print(f"NOTE: {path} was trained on {about['name']}", file=sys.stderr)
     return model.to(device, memory_format=torch.channels_last).eval(), state["record"]
 
 

@@ -158,9 +158,9 @@ def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> F
         grid.axis("on")
         grid.imshow(sample["grid"], cmap="gray")
         grid.set_xlabel(f"no. {sample['index']}: {names[target]}", fontsize=9)
-    figure.suptitle(f"{title}\nframe: the true class; dashed: a wrong prediction; dots: the "
-                    "cell of the garment; orange favours the class, blue speaks against it, ± is the end "
-                    "of a row's scale", fontsize=10)
+    figure.suptitle(f"{title}\nframe: the true class; dashed: a wrong prediction; dots: the cell "
+                    "of the garment; orange favours the class, blue speaks against it, ± is the "
+                    "end of a row's scale", fontsize=10)
     return figure
 
 

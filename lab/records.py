@@ -33,6 +33,52 @@ def read(path: Path) -> dict:
                        f"delete it") from error
 
 
+def check_trained(path: Path, record: dict) -> None:
+    """BadInput names the first part of a finished run's record that no training writes.
+
+    A checkpoint carries its record, and what is drawn, measured or exported trusts it.
+    """
+    number = lambda value: type(value) in (int, float) and math.isfinite(value)
+    whole = lambda value, low, high: type(value) is int and low <= value <= high
+    part = lambda place: functools.reduce(lambda found, name: found[name], place.split("."), record)
+    about = lambda name: part(f"about_data.{name}")
+    several = lambda name, right: (type(about(name)) in (list, tuple) and len(about(name)) > 0
+                                   and all(map(right, about(name))))
+    coloured = lambda: about("task") == "segmentation"
+    rules = {
+        "config": lambda: type(part("config")) is dict,
+        "config.seed": lambda: whole(part("config.seed"), 0, math.inf),  # part of file names
+        "config.batch": lambda: whole(part("config.batch"), 1, math.inf),
+        "config.split": lambda: part("config.split") in ("full", "dev"),
+        "about_data": lambda: type(part("about_data")) is dict,
+        "about_data.name": lambda: about("name").isprintable(),
+        "about_data.task": lambda: (about("task") in ("classification", "segmentation")
+                                    and coloured() == bool(about("palette"))),
+        "about_data.size": lambda: whole(about("size"), 1, 1 << 13),
+        "about_data.classes": lambda: several(
+            "classes", lambda name: name.isprintable() and "," not in name),
+        "about_data.palette": lambda: not coloured() or several(
+            "palette", lambda colour: len(bytes(colour)) == 3
+        ) and len(about("palette")) == len(about("classes")),
+        "about_data.mean": lambda: several("mean", number),
+        "about_data.std": lambda: several("std", lambda value: number(value) and value > 0)
+        and len(about("std")) == len(about("mean")),
+        "environment": lambda: type(part("environment")) is dict,
+        "environment.precision": lambda: part("environment.precision") in (
+            "float32", "bfloat16", "float16"),
+        "data": lambda: type(part("data")) is str,
+        "weights_sha256": lambda: type(part("weights_sha256")) is str,
+        "metrics": lambda: all(type(part("metrics")[name]) is dict for name in (
+            "train", "test" if part("config.split") == "full" else "val"))}
+    for place, right in rules.items():
+        try:
+            good = right()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            good = False
+        if not good:
+            raise BadInput(f"{path}: its record is damaged ({place}); train the model again")
+
+
 def write(path: Path, record: dict, arrays: dict[str, np.ndarray] | None = None) -> None:
     """Write the arrays beside a record, and then the record: where it exists, all is there."""
     if arrays:

@@ -97,6 +97,23 @@ def with_setting(**settings):
     return resaved(lambda state: state["record"]["config"].update(settings))
 
 
+MISSING = "missing"
+
+
+def with_value(place, value):
+    """A checkpoint whose record has another value at a.b, or, with MISSING, none."""
+    def change(state):
+        *way, last = place.split(".")
+        found = state["record"]
+        for name in way:
+            found = found[name]
+        if value is MISSING:
+            del found[last]
+        else:
+            found[last] = value
+    return resaved(change)
+
+
 NO_CHECKPOINT = "is no checkpoint of this project, or damaged"
 UNFIT = "its settings and its weights do not fit together"
 CHECKPOINTS = {
@@ -110,8 +127,20 @@ CHECKPOINTS = {
                                                 path), NO_CHECKPOINT),
     "that is compressed, to any size": (deflated, NO_CHECKPOINT),
     "of a width that would take all memory": (with_setting(width=20000), UNFIT),
-    "of a seed that leads out of the folder": (with_setting(seed="0/../../x"), UNFIT),
     "of an unknown architecture": (with_setting(arch="?"), UNFIT),
+    **{f"whose {place} is {value!r}": (with_value(place, value), f"its record is damaged ({place})")
+       for place, value in (
+           ("about_data.mean", ["x", 0.5, 0.5]), ("about_data.mean", []), ("about_data.mean", None),
+           ("about_data.std", [1.0]), ("about_data.std", [0.0, 1.0, 1.0]),
+           ("about_data.size", "x"), ("about_data.size", 0), ("about_data.size", 30),
+           ("about_data.size", 1 << 30), ("about_data.task", "classification"),
+           ("about_data.task", "x"), ("about_data.classes", {}), ("about_data.name", "a\nb"),
+           ("about_data.classes", ["a", "b", "c", "d", 5]), ("about_data.palette", [[1, 2, 3]]),
+           ("about_data", None), ("data", MISSING), ("environment", MISSING), ("metrics", MISSING),
+           ("environment.precision", "int3"), ("config", MISSING), ("config.batch", MISSING),
+           ("config.batch", 0), ("config.split", "x"), ("config.seed", "0/../../x"))},
+    "whose record is a list": (resaved(lambda state: state.update(record=[1])),
+                               "its record is damaged (config)"),
     "of an unfinished run": (resaved(lambda state: state.pop("record") and None),
                              "is of an unfinished run (epoch 2)"),
     "of another data set": (resaved(lambda state: state["record"].update(data="0" * 64)),

@@ -198,3 +198,12 @@ def test_composites_of_the_real_sets(fashion_root):
     assert dataset.digest != data.load_composites(fashion_root, limit=400).digest
     dev = data.load_composites(fashion_root, "dev", 400)
     assert dev.held_out == "val" and not torch.equal(dev.test.images, dataset.test.images)
+
+
+def test_the_set_of_a_record_is_normalised_as_the_record_says(tiny_root):
+    digest = data.load_facades(tiny_root, size=32).digest
+    record = {"config": {"split": "full"}, "data": digest,
+              "about_data": {"task": "segmentation", "size": 32, "name": "mini facade",
+                             "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    dataset = data.load_recorded(record, tiny_root)
+    assert (dataset.mean, dataset.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

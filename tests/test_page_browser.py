@@ -319,15 +319,15 @@ def test_what_is_no_photo_is_refused_in_a_line(open_page):
     assert not line.is_visible()
 
 
-def test_a_photo_too_large_for_a_canvas_gets_no_mask(open_page):
-    """Chromium draws up to 65,535 pixels a side; past that its canvas stays empty, silently."""
+def test_a_photo_too_large_for_a_canvas_gets_no_mask(open_page):  # in Chromium 65,535 a side
     page = open_page("#facade")
     page.wait_for_function("globalThis.probe?.facade?.shown()")
     before = page.evaluate("probe.facade.shown().name")
     drop(page, "tall.png", content(Image.new("L", (100, 70_000), 9), "PNG"), "image/png")
     page.wait_for_function("document.getElementById('facade-error').innerText")
-    assert page.locator("#facade-error").inner_text() == ("tall.png cannot be read as an image (more pixels a side than this browser "
-                    "draws): choose a photo.")
+    assert page.locator("#facade-error").inner_text() == (
+        "tall.png cannot be read as an image (more pixels a side than this browser draws): choose "
+        "a photo.")
     assert page.evaluate("probe.facade.shown().name") == before
 
 
