@@ -7,7 +7,7 @@ The data root is --data-root, else $DATA_ROOT, else ./data (a set of your own: l
 
     FashionMNIST/raw/*-ubyte             60,000 + 10,000 images, 28x28, 10 classes
     MNIST/raw/*-ubyte                    the same layout, digits
-    mini_facade/{train,test_dev}/*.jpg   906 + 114 photos, 256x256, each with a .png mask, 5 classes
+    mini_facade/{train,test_dev}/*.jpg   906 + 114 crops of 302 + 67 photos, each with a .png mask
 
 Whatever it is fetched from, a set has the pinned digest or is refused. Where the facade set cannot
 be fetched a procedural one stands in (`synthetic_facade`), and every output says so.
@@ -51,7 +51,7 @@ FACADE_DIGEST = "564badef964a560f60dcb510517bdb3ac686cff15183787c2d942a35148b485
 # The public address of the facade set, in GitHub's archive of one commit. The set is licensed
 # under CC BY-SA 4.0: crops out of the CMP Facade Database (R. Tylecek and R. Sara, Spatial Pattern
 # Templates for Recognition of Objects with Regular Structure, GCPR 2013), its 12 classes merged
-# into 5. It is fetched, and not passed on but for six test photos of the page (web/images/).
+# into 5. It is fetched; passed on are six test photos (web/images/) and what results/ pictures.
 FACADE_URL = ("https://github.com/XAVILLA/Facade-Segmentation-CNN/archive/"
               "f83966d9d5c50c773e088a84f9b70467f9cf7d18.tar.gz")
 FACADE_LICENCE = "CC BY-SA 4.0, cut from the CMP Facade Database"

@@ -1,9 +1,10 @@
 """Should photos that are not square be stretched to a square, or padded to one?
 
-    PYTHONPATH=. python tests/stretch_or_pad.py [--seeds 3]
+    PYTHONPATH=. python tests/stretch_or_pad.py [--seeds 3] [--record FILE.json]
 
 Trains the same network on the streets of made_set.py both ways and scores its masks at the photos'
-own sizes. Padded, a photo keeps its shape and the rest of the square is void; it loses pixels.
+own sizes. Padded, a photo keeps its shape and the rest of the square is void; it loses pixels. The
+record is what docs/own-data.md says.
 """
 
 import argparse
@@ -18,12 +19,14 @@ from PIL import Image
 import metrics
 import models
 import train_seg
-from lab import batches, engine
+from lab import batches, engine, records
 from lab.files import colours, mask_to, read_image, to_size
+from lab.provenance import environment
 
 SIZE = 64
 FLAGS = ["--protocol", "smoke", "--size", str(SIZE), "--epochs", "40", "--batch", "6",
          "--lr", "4e-3", "--warmup", "0.1", "--device", "cpu"]
+STREETS = {"groups": 45, "each": 2}
 
 
 def square(pixels: np.ndarray, fill: int) -> np.ndarray:
@@ -75,9 +78,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--record", type=Path, default="results/bench/stretch_or_pad.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        streets = make_streets(Path(folder, "streets"), groups=45, each=2)
+        streets = make_streets(Path(folder, "streets"), **STREETS)
         sets = {"stretched": streets, "padded": pad_all(streets, Path(folder, "padded"))}
         found = {how: [] for how in sets}
         for seed in range(args.seeds):
@@ -86,6 +90,12 @@ def main() -> None:
                 train_seg.main([*FLAGS, "--data", str(data), "--seed", str(seed),
                                 "--out", str(out)])
                 found[how].append(score(out / f"seed{seed}.pt", streets, how == "padded"))
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    records.write(args.record, {
+        "flags": FLAGS, "streets": STREETS,
+        "environment": environment(torch.device("cpu"), torch.float32),
+        "results": {how: dict(zip(("mean_iou", "pixel_accuracy"), zip(*scores)))
+                    for how, scores in found.items()}})
     for how, scores in found.items():
         ious, accuracies = (100 * np.array(values) for values in zip(*scores))
         print(f"{how:<10} mean IoU {ious.mean():.1f} ({', '.join(f'{v:.1f}' for v in ious)})  "

@@ -7,7 +7,7 @@ A classifier's file gives logits and class activation maps, as export.py's does.
 base share its frozen features, so that one file holds them once, and the heads side by side:
 classes 0-9 are those of the first, 10-19 of the second. Weights of convolutions are stored in 8
 bits, each output channel with a scale of its own, and widened once when a file is opened: every
-sum is of float32. What it costs is measured on the whole held-out split and written to the index.
+sum is of float32. What it costs is measured on the held-out split and written to the index.
 """
 
 import hashlib
