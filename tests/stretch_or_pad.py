@@ -8,6 +8,7 @@ record is what docs/own-data.md says.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 import metrics
 import models
 import train_seg
-from lab import batches, engine, records
+from lab import batches, cli, engine, records
 from lab.files import colours, mask_to, read_image, to_size
 from lab.provenance import environment
 
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.guard(main))

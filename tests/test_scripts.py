@@ -56,6 +56,17 @@ def test_help_reads_as_documentation(script):
             assert said in text
 
 
+@pytest.mark.parametrize("line", ["interpret.py measure -h", "export.py bench -h"])
+def test_help_says_how_to_ask_for_another_commands_flags(line):
+    """That of a script with commands shows the flags of the first alone."""
+    helped = lambda *words: subprocess.run([sys.executable, *words], cwd=REPO, check=True,
+                                           capture_output=True, text=True).stdout
+    script, *rest = line.split()
+    assert f"python {line}" in helped(script, "-h")
+    flag = {"measure": "--sweep-images", "bench": "--rounds"}[rest[0]]
+    assert flag in helped(script, *rest) and f"{flag} " not in helped(script, "-h")
+
+
 @pytest.mark.parametrize("script", ["train_cls.py", "train_seg.py", "data.py"])
 def test_exit_code_2_without_a_traceback(script):
     done = subprocess.run([sys.executable, script, "--data-root", "/nowhere"], cwd=REPO,
