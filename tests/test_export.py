@@ -358,6 +358,20 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     assert (tmp_path / "bench/inference.png").stat().st_size > 10_000
 
 
+def test_the_benchs_figure_tells_every_form_apart(monkeypatch):
+    """Many have one metric and nearly one speed: no marker lies on another's."""
+    drawn = []
+    monkeypatch.setattr(bench_inference.figures, "save", lambda figure, path: drawn.append(figure))
+    record = json.loads((bench_inference.provenance.SOURCE / "results/bench/inference.json"
+                         ).read_text())
+    bench_inference.draw(record, None)
+    ax, names = drawn[0].axes[0], [row["name"] for row in record["results"]]
+    assert {label.get_text() for label in ax.get_yticklabels()} == set(names)
+    assert len({float(line.get_ydata()[0]) for line in ax.lines}) == len(ax.lines) == len(names)
+    explained = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert explained == ["float32", "bfloat16", "int8", "OpenVINO, a peer"]
+
+
 def test_what_the_cpu_only_emulates_is_not_timed(seg, monkeypatch):
     cfg = bench_inference.Config(checkpoint=str(seg / "seed0.pt"))
     left_out = lambda name: bench_inference.hindrance(cfg, name, torch.device("cpu"))
