@@ -108,7 +108,9 @@ help:
 	@echo "make table1 table2 DATA=FOLDER   the same on images of your own (FLAGS=, see docs/own-data.md)"
 	@echo "make page           the networks and the tables in a browser: a static site in build/page/ (needs npm)"
 	@echo "make test-page      the same in headless chromium, against ONNX Runtime and predict.py"
-	@echo "make claims figures the verdicts on the report's claims, and all figures, from what was run"
+	@echo "make claims figures the verdicts on the report's claims, and all figures; runs what is missing"
+	@echo "make table2/unet SEEDS=0   one row, one seed; python study.py table2, claims, figures: from what was run"
+	@echo "make cpp/runner     the C++ program that runs exported models"
 	@echo "make interpret      where the models look and what a shift does to them"
 
 env: $(ENV)
