@@ -218,7 +218,9 @@ def render_attention(rows: dict, equivariance: dict) -> str:
 
     def own(seeds: dict[int, dict], key: str, signed: bool = False) -> str:
         one = estimates.own_value(seeds, key)
-        return number(one.mean, one.half, signed) if one.values else "not measured"
+        # seeds that all found the same tell no interval
+        half = one.half if one.half > 1e-9 else math.nan
+        return number(one.mean, half, signed) if one.values else "not measured"
 
     lines = ["| surrogate | " + " | ".join(columns) + " | seeds |",
              "|---|" + "--:|" * (len(columns) + 1)]
@@ -227,8 +229,8 @@ def render_attention(rows: dict, equivariance: dict) -> str:
         lines.append(f"| `{row}` | " + " | ".join(cells) + f" | {len(seeds)} |")
     lines.append("\nPercent, mean over seeds. ± is the 95 % interval, over seeds and over the test "
                  "grids; of others called Trouser, of coinciding errors and of equivariance, where "
-                 "runs keep no value of each grid, it is over seeds alone. Chance is 25 for the "
-                 "CAM's mass and the pointing game.\n")
+                 "runs keep no value of each grid, it is over seeds alone, and missing where all "
+                 "seeds found the same. Chance is 25 for the CAM's mass and the pointing game.\n")
     found = surrogates(rows)
     for kind in ("frozen", "scratch"):
         if untied := found.get((kind, 0)):

@@ -83,4 +83,6 @@ def render(claims: Claims, found: dict[str, dict]) -> str:
             lines.append(f"| {says} | {effect['mean']:+.2f} {effect['metric']}, {where}{many} | "
                          f"{reach} | {span(*part[4:])} | {effect['seeds']} "
                          f"{ends if i == 0 else '| | |'}")
+    lines.append("\nA claim holds if each of its effects lies in its range. The first one is the "
+                 "one that decides; p and verdict are the claim's.")
     return "\n".join(lines) + "\n"

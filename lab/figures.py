@@ -132,7 +132,7 @@ def draw_power(errors: dict[str, dict], rows: int, claims: int, title: str,
         curves.append((right, found))
     for ax, found in curves:
         for n in (3, 4, 6, 10):
-            ax.annotate(f"{found[n - 3]:.1f}", (n, found[n - 3]), xytext=(0, 6), ha="center",
+            ax.annotate(f"{found[n - 3]:.1f}", (n, found[n - 3]), xytext=(5, 5), ha="left",
                         textcoords="offset points", fontsize=8)
     right.set(ylabel="effect decided (points)", yscale="log", title=title)
     right.margins(y=0.12)
@@ -140,7 +140,7 @@ def draw_power(errors: dict[str, dict], rows: int, claims: int, title: str,
     figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9, title="standard "
                   "deviation over seeds, and standard error by the choice of test images")
     for ax in (left, right):
-        ax.set(xlabel="seeds of each row", xticks=seeds)
+        ax.set(xlabel="seeds of each row", xticks=seeds, xlim=(2.7, 10.8))
         ax.grid(alpha=0.3, which="both")
     figure.suptitle(f"Distance from the edge of a claim's range that is decided with 80 % "
                     f"probability, as the hardest of {claims} claims", fontsize=11)

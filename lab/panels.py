@@ -171,7 +171,7 @@ def draw_shifts(name: str, seeds: dict[int, dict], sweep: dict[str, np.ndarray])
     titles = {"sweep_accuracy": "accuracy", "sweep_consistency": "prediction unchanged"}
     for ax, (key, title) in zip(axes, titles.items()):
         image = ax.imshow(100 * sweep[key], cmap="viridis")
-        figure.colorbar(image, ax=ax, label="%")
+        figure.colorbar(image, ax=ax, label="%", shrink=0.75)
         ax.set(xticks=range(0, 29, 4), yticks=range(0, 29, 4), xlabel="shift right (pixels)",
                ylabel="shift down (pixels)", title=title)
     return figure

@@ -184,6 +184,14 @@ def test_an_unknown_protocol_is_refused_before_anything_runs(make, tmp_path, typ
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("flags", ["--split dev", "--epochs 3 --split=dev", "--split  dev"])
+def test_a_table_of_the_dev_split_is_refused_before_anything_trains(make, tmp_path, flags):
+    done = make("table1", f"DATA={tmp_path}", f"FLAGS={flags}")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "a table is of the test split" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_no_launcher_comes_from_the_environment(make, monkeypatch):
     monkeypatch.setenv("RUN", "1")  # as a CI system may have it
     assert "\n1 " not in "\n" + make("-n", "table2/ce").stdout
