@@ -187,6 +187,10 @@ endif
 ifneq ($(filter interpret rows/attention gpu,$(MAKECMDGOALS)),)
 $(error $(MAKECMDGOALS) DATA=$(DATA): surrogates and GPU checks are of the study's own sets; with DATA there are table1, table2, claims, figures and export)
 endif
+# found here, and not when all rows are trained: a run that held out other images is in no table
+ifneq ($(findstring --split dev,$(strip $(subst =, ,$(FLAGS)))),)
+$(error FLAGS=$(FLAGS): a table is of the test split, and --split dev does not read it; compare settings with single runs of the training script)
+endif
 NAME := $(shell basename "$$(realpath "$(DATA)")" | tr -c 'A-Za-z0-9._\n-' '-')
 SET := $(PROTOCOL)-$(NAME)
 OWN := $(shell if [ -e "$(DATA)/classes.txt" ]; then echo table2; else echo table1; fi)
