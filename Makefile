@@ -108,7 +108,9 @@ help:
 	@echo "make table1 table2 DATA=FOLDER   the same on images of your own (FLAGS=, see docs/own-data.md)"
 	@echo "make page           the networks and the tables in a browser: a static site in build/page/ (needs npm)"
 	@echo "make test-page      the same in headless chromium, against ONNX Runtime and predict.py"
-	@echo "make claims figures the verdicts on the report's claims, and all figures, from what was run"
+	@echo "make claims figures the verdicts on the report's claims, and all figures; runs what is missing"
+	@echo "make table2/unet SEEDS=0   one row, one seed; python study.py table2, claims, figures: from what was run"
+	@echo "make cpp/runner     the C++ program that runs exported models"
 	@echo "make interpret      where the models look and what a shift does to them"
 
 env: $(ENV)
@@ -184,6 +186,10 @@ $(error DATA=$(DATA) is no folder: see docs/own-data.md)
 endif
 ifneq ($(filter interpret rows/attention gpu,$(MAKECMDGOALS)),)
 $(error $(MAKECMDGOALS) DATA=$(DATA): surrogates and GPU checks are of the study's own sets; with DATA there are table1, table2, claims, figures and export)
+endif
+# found here, and not when all rows are trained: a run that held out other images is in no table
+ifneq ($(findstring --split dev,$(strip $(subst =, ,$(FLAGS)))),)
+$(error FLAGS=$(FLAGS): a table is of the test split, and --split dev does not read it; compare settings with single runs of the training script)
 endif
 # the folder's name, for files and flags; where that leaves something out, a hash tells such folders apart
 NAME := $(shell name="$$(basename "$$(realpath "$(DATA)")")"; \

@@ -158,7 +158,7 @@ def segmentation(logits: Tensor, target: Tensor, names: list[str]) -> dict:
     return {"map": mean_present(ap), "wgap": worst_present(ap), "ap": dict(zip(names, ap)),
             "map_logits": mean_present(ap_logits), "ap_logits": dict(zip(names, ap_logits)),
             "miou": mean_present(iou), "iou": dict(zip(names, iou)),
-            "pixel_accuracy": (counts.diag().sum() / counts.sum()).item(),
+            "pixel_accuracy": (counts.diag().sum().double() / counts.sum()).item(),
             "classes_counted": int((counts.sum(1) > 0).sum()), "images": len(target)}
 
 

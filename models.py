@@ -85,6 +85,9 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(cout, 4 * cout), ACTIVATIONS[act](),
                                  nn.Linear(4 * cout, cout))
         self.heads = max(1, cout // self.HEAD)
+        if cout % self.heads:
+            raise BadInput(f"a transformer block of {cout} channels cannot share them among "
+                           f"{self.heads} heads; choose a --width that is a multiple of 8")
         self.skip = skip
 
     def attend(self, x: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ import numpy as np
 
 import data
 import metrics
-from lab import claims, cli, estimates, records
-from lab.files import write_atomic
-from lab.records import cell, number, paired, pairs_of, plain
+from lab import claims, cli, estimates, records, tables
+from lab.files import BadInput, write_atomic
+from lab.records import cell, number, paired
 
 # The columns of each table: what heads one, and where a record holds it.
 COLUMNS = {"table1": {"test": ("test accuracy", "test", "accuracy"),
@@ -131,105 +131,56 @@ def is_own(rows: dict[str, dict[int, dict]]) -> bool:
 # ---- estimates ----
 
 @functools.cache
-def redrawn_average_precisions(path: Path) -> np.ndarray:
-    """AP (1000, C) of a run on 1,000 test sets of photos drawn with repetition.
+def photo_draws(photos: int) -> np.ndarray:
+    """float32 (1000, photos): how often each photo is in each of 1,000 test sets, for every run."""
+    drawn = np.random.default_rng(0).multinomial(photos, np.full(photos, 1 / photos), 1000)
+    return drawn.astype(np.float32)
+
+
+def redrawn_average_precisions(record: dict) -> np.ndarray:
+    """AP (1000, C) of a run on test sets of photos drawn with repetition.
 
     MAP and WGAP are no means over images, and crops of one photo are not independent: whole photos
     are redrawn, the same for every run.
     """
+    records.arrays_of(record, records.COUNTS)
+    return redrawn_of(records.arrays_file(record))
+
+
+@functools.cache
+def redrawn_of(path: Path) -> np.ndarray:
     arrays = records.load_arrays(path)
-    photos = len(arrays["groups"])
-    # in float32, where BLAS multiplies: a count here is under 2^24
-    draws = np.random.default_rng(0).multinomial(photos, np.full(photos, 1 / photos), 1000)
-    draws = draws.astype(np.float32)
+    draws = photo_draws(len(arrays["groups"]))
+    # in float32, where BLAS multiplies: exact to 2^24, and a few parts in 10^7 off beyond
     counts = (arrays[name].astype(np.float32) for name in ("hits", "misses"))
     return metrics.binned_average_precision(*(np.tensordot(draws, count, 1) for count in counts))
 
 
-REDRAWS = {"map": lambda path: np.nanmean(redrawn_average_precisions(path), 1),
-           "wgap": lambda path: np.nanmin(redrawn_average_precisions(path), 1)}
+REDRAWS = {"map": lambda record: np.nanmean(redrawn_average_precisions(record), 1),
+           "wgap": lambda record: np.nanmin(redrawn_average_precisions(record), 1)}
 estimate = functools.partial(estimates.estimate, redraws=REDRAWS)
-
-
-def median_errors(tables: dict[str, dict]) -> dict[str, dict]:
-    """Of each test metric, the medians over a table's rows of what `figures.draw_power` takes."""
-    found = {}
-    for table, rows in tables.items():
-        base, *others = rows
-        for name, split, key in COLUMNS[table].values():
-            if split != "test":
-                continue
-            parts = [estimates.test_set_part(rows, row, base, key, REDRAWS)
-                     for row in others if pairs_of(rows, row, base)]
-            if None in parts:
-                continue
-            spreads = estimates.spreads(rows, split, key).values()
-            typical = lambda variances: float(np.sqrt(np.median(variances)))
-            found[name] = {"spread": typical([part.variance for part in spreads if part.dof > 0]),
-                           "test_set": 100 * typical([part.variance for part in parts]),
-                           "units": parts[0].dof + 1, "rows": len(rows)}
-    return found
 
 
 # ---- the tables ----
 
+def base_of(table: str) -> str:
+    return next(iter(REPORT[table]))
+
+
 def render(rows: dict[str, dict[int, dict]], table: str, seeds: int) -> str:
     """The table as Markdown: differences from the base row, paired by seed, and the report's."""
-    base_row, columns, own = next(iter(REPORT[table])), COLUMNS[table], is_own(rows)
-    heads = " | ".join(name + " | report" * (not own) for name, _, _ in columns.values())
-    lines = [f"| row | {heads} | seeds | parameters | multiply-adds | training |",
-             "|---|" + "--:|" * ((2 - own) * len(columns) + 4)]
-    held, seeds_alone = {name: [] for name, _, _ in columns.values()}, set()
-    for row in [*REPORT[table], *(row for row in rows if row not in REPORT[table])]:
-        label, reported = REPORT[table].get(row, (plain(row), {}))
-        runs, cells, signed = rows.get(row, {}), [], row != base_row
-        for column, (name, split, key) in columns.items():
-            ours = estimate(rows, row, base_row if signed else None, split, key)
-            value = None if own else reported.get(column)
-            cells.append(number(ours.mean, ours.half, signed) if ours.values else "not run")
-            if split == "test" and len(ours.error) == 1:
-                seeds_alone.add(name)
-            holds = None if value is None else ours.holds(value)
-            if holds is not None:
-                held[name].append(holds)
-            mark = {True: " ✓", False: " ✗", None: ""}[holds]
-            if not own:
-                cells.append("" if value is None else number(value, math.nan, signed) + mark)
-        of_all = "" if len(ours.values) == seeds else f" of {seeds}"
-        cells.append(f"{len(ours.values)}{of_all}")
-        if runs:
-            one = next(iter(runs.values()))
-            seconds = np.mean([record["train_seconds"] for record in runs.values()])
-            cells += [f"{one['parameters'] / 1e6:.2f} M",
-                      f"{one['multiply_adds'] / 1e6:,.0f} M", f"{seconds:,.0f} s"]
-        else:
-            cells += [""] * 3
-        lines.append(f"| {label} `{plain(row)}` | " + " | ".join(cells) + " |")
-    made_of = records.each_of(rows)
-    devices = sorted({plain(record["environment"]["device"]) for record in made_of})
-    marked = "".join(f"{name}: {sum(marks)} of {len(marks)} do. "
-                     for name, marks in held.items() if marks)
-    alone = f"Of {', '.join(sorted(seeds_alone))} ± is over seeds alone. " if seeds_alone else ""
-    about = made_of[0]["about_data"] if own else {}
-    note = [f"{plain(about['name'])}, {about['size']} pixels a side."] if own else []
-    note.append("Percent. First row: value; others: difference from it, paired by seed. ± is the "
-                "95 % interval, over seeds and, on the test split, over its images.")
-    if not own:
-        note.append("✓: the report's number lies in the 95 % prediction interval of one more such"
-                    " run; ✗: it does not.")
-    note.append(f"{alone}{marked}Device: {'; '.join(devices) or 'none yet'}. "
-                f"{records.caveat(made_of)}".rstrip())
-    return "\n".join([*lines, "", " ".join(note)]) + "\n"
+    layout = tables.Layout(base_of(table), COLUMNS[table], REPORT[table])
+    return tables.render(rows, layout, seeds, is_own(rows), estimate)
 
 
 # ---- the claims ----
 
-def judge(tables: dict[str, dict]) -> dict[str, dict]:
+def judge(rows_of: dict[str, dict]) -> dict[str, dict]:
     """The verdict on every claim, see `claims.judge`; on images of the user's own, on some."""
-    own = [table for table, rows in tables.items() if is_own(rows)]
+    own = [table for table, rows in rows_of.items() if is_own(rows)]
     asked = {name: claim for name, claim in CLAIMS.items()
              if not own or name in OWN_CLAIMS and claim[1][0][0] in own}
-    return claims.judge(asked, tables, estimate)
+    return claims.judge(asked, rows_of, estimate)
 
 
 def render_claims(found: dict[str, dict]) -> str:
@@ -242,8 +193,9 @@ def surrogates(rows: dict) -> dict[tuple[str, float], dict[int, dict]]:
     """{(frozen or scratch, strength of the tie): records by seed}, by what the records say."""
     found = {}
     for seeds in rows.values():
-        config = next(iter(seeds.values()))["config"]
-        found["frozen" if config["frozen"] else "scratch", config["tie"]] = seeds
+        one = next(iter(seeds.values()))
+        kind = "frozen" if records.need(one, "config", "frozen") else "scratch"
+        found[kind, records.need(one, "config", "tie", kind=(int, float))] = seeds
     return found
 
 
@@ -251,7 +203,8 @@ def error_overlaps(frozen: dict[int, dict], scratch: dict[int, dict]) -> list[di
     """How two surrogates' errors coincide, for each seed that both have."""
     found = []
     for seed in sorted(frozen.keys() & scratch.keys()):
-        a, b = (records.load_arrays(records.arrays_file(one[seed])) for one in (frozen, scratch))
+        a, b = (records.arrays_of(one[seed], ("prediction", "target"))
+                for one in (frozen, scratch))
         found.append(metrics.error_overlap(a["prediction"], b["prediction"], a["target"]))
     return found
 
@@ -262,14 +215,22 @@ def render_attention(rows: dict, equivariance: dict) -> str:
                "CAM mass in its cell": "mass", "pointing game": "pointing",
                "mass, tied": "mass_tied", "others called Trouser, with a 3": "trouser_with_three",
                "without": "trouser_without_three"}
-    own = lambda seeds, key, signed=False: cell(paired({"": seeds}, "", None, "test", key), signed)
+
+    def own(seeds: dict[int, dict], key: str, signed: bool = False) -> str:
+        one = estimates.own_value(seeds, key)
+        # seeds that all found the same tell no interval
+        half = one.half if one.half > 1e-9 else math.nan
+        return number(one.mean, half, signed) if one.values else "not measured"
+
     lines = ["| surrogate | " + " | ".join(columns) + " | seeds |",
              "|---|" + "--:|" * (len(columns) + 1)]
     for row, seeds in rows.items():
         cells = [own(seeds, key) for key in columns.values()]
         lines.append(f"| `{row}` | " + " | ".join(cells) + f" | {len(seeds)} |")
-    lines.append("\nPercent, mean over seeds ± 95 % interval (Student's t). Chance is 25 for the "
-                 "CAM's mass and the pointing game.\n")
+    lines.append("\nPercent, mean over seeds. ± is the 95 % interval, over seeds and over the test "
+                 "grids; of others called Trouser, of coinciding errors and of equivariance, where "
+                 "runs keep no value of each grid, it is over seeds alone, and missing where all "
+                 "seeds found the same. Chance is 25 for the CAM's mass and the pointing game.\n")
     found = surrogates(rows)
     for kind in ("frozen", "scratch"):
         if untied := found.get((kind, 0)):
@@ -290,7 +251,8 @@ def render_attention(rows: dict, equivariance: dict) -> str:
         lines += ["\n| equivariance error of the features | zero padding, as trained | circular "
                   "padding | seeds |", "|---|--:|--:|--:|"]
     for row, seeds in equivariance.items():
-        cells = [own(seeds, f"equivariance_error_{padding}") for padding in ("zeros", "circular")]
+        cells = [cell(paired({"": seeds}, "", None, "test", f"equivariance_error_{padding}"), False)
+                 for padding in ("zeros", "circular")]
         lines.append(f"| `{row}` | " + " | ".join(cells) + f" | {len(seeds)} |")
     return "\n".join(lines) + "\n"
 
@@ -304,17 +266,24 @@ TIES = {"accuracy, untied grids (%)": {"accuracy": ""},
                                               "trouser_without_three": ", without"}}
 
 
+def typical_errors(rows: dict, table: str) -> dict[str, dict]:
+    """{heading of a test metric: what `figures.draw_power` takes} of a table's rows."""
+    found = {name: estimates.typical_errors(rows, base_of(table), key, REDRAWS)
+             for name, split, key in COLUMNS[table].values() if split == "test"}
+    return {name: one for name, one in found.items() if one}
+
+
 def draw_table(rows: dict, table: str) -> dict[str, "figures.Figure"]:  # noqa: F821
     """{file: picture} of one table's records."""
     from lab import figures  # here and below: records, tables and claims need no matplotlib
-    base_row, *others = rows
+    base, others = base_of(table), [row for row in rows if row != base_of(table)]
     report = {} if is_own(rows) else REPORT[table]
-    differences = {name: {row: (estimate(rows, row, base_row, "test", key),
+    differences = {name: {row: (estimate(rows, row, base, "test", key),
                                 report.get(row, ("", {}))[1].get(column))
                           for row in others}
                    for column, (name, split, key) in COLUMNS[table].items() if split == "test"}
     found = {f"{table}.png": figures.draw_differences(differences, rows),
-             f"{table}-curves.png": figures.draw_curves(rows)}
+             f"{table}-curves.png": figures.draw_curves(rows, base, "loss")}
     first = records.each_of(rows)[0]
     if "class_pixels" in first:
         about = first["about_data"]  # the study's first records hold no palette
@@ -333,7 +302,7 @@ def draw_measurements(rows: dict) -> dict[str, "figures.Figure"]:  # noqa: F821
     if swept := found.get(("frozen", 0)):
         sweep = records.mean_arrays(swept, ("sweep_accuracy", "sweep_consistency"))
         pictures["shifts.png"] = panels.draw_shifts("frozen", swept, sweep)
-    names = records.each_of(rows)[0]["trained"]["about_data"]["classes"]
+    names = records.need(records.each_of(rows)[0], "trained", "about_data", "classes", kind=list)
     confusions = {f"{kind}-tie0.9, all seeds": records.summed_confusion(seeds, len(names))
                   for (kind, tie), seeds in found.items() if tie == 0.9}
     if confusions:
@@ -344,23 +313,24 @@ def draw_measurements(rows: dict) -> dict[str, "figures.Figure"]:  # noqa: F821
 def draw(folder: Path, protocol: str) -> None:
     """All pictures that the records of a protocol can give, into its folder."""
     from lab import figures, panels
-    tables = {table: load_records(folder / table, protocol) for table in REPORT}
-    pictures = {}
-    for table, rows in tables.items():
-        if rows:
+    rows_of = {table: load_records(folder / table, protocol) for table in REPORT}
+    pictures, errors = {}, {}
+    for table, rows in rows_of.items():
+        if base_of(table) in rows:
             pictures |= draw_table(rows, table)
-        elif not any(map(is_own, tables.values())):
-            print(f"{folder / table} has no record yet, so no figure")
+            errors[table] = typical_errors(rows, table)
+        elif rows or not any(map(is_own, rows_of.values())):
+            what = f"record of its base row, {base_of(table)}" if rows else "record"
+            print(f"{folder / table} has no {what} yet, so no figure")
     if rows := load_records(folder / "attention", protocol):
         pictures |= draw_measurements(rows)
     if rows := load_records(folder / "equivariance", protocol):
         pictures["equivariance.png"] = panels.draw_equivariance(rows)
-    if all(len(next(iter(rows.values()), {})) > 1 for rows in tables.values()):
-        power = figures.draw_power(
-            median_errors(tables), max(map(len, REPORT.values())), len(CLAIMS),
-            f"protocol {protocol}, median row",
-            [record for rows in tables.values() for record in records.each_of(rows)])
-        figures.save(power, folder.parent / "power.png")
+    if all(errors.get(table) for table in REPORT):
+        pictures["power.png"] = figures.draw_power(
+            {name: one for found in errors.values() for name, one in found.items()},
+            max(map(len, REPORT.values())), len(CLAIMS), f"protocol {protocol}, median row",
+            [record for rows in rows_of.values() for record in records.each_of(rows)])
     for name, figure in pictures.items():
         figures.save(figure, folder / name)
 
@@ -378,13 +348,16 @@ def main(argv: list[str] | None = None) -> None:
                         help="seeds a full row has (the most that any row has)")
     args = parser.parse_args(argv)
     folder = Path(args.results, f"{args.protocol}-{args.name}" if args.name else args.protocol)
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder, so there are no records: see --results, --protocol "
+                       f"and --name")
     read = lambda name: load_records(folder / name, args.protocol)
     if args.what == "figures":
         return draw(folder, args.protocol)
     if args.what == "claims":
-        tables = {table: read(table) for table in (*REPORT, "attention")}
-        text = render_claims(judge(tables))
-        made_of = [record for rows in tables.values() for record in records.each_of(rows)]
+        rows_of = {table: read(table) for table in (*REPORT, "attention")}
+        text = render_claims(judge(rows_of))
+        made_of = [record for rows in rows_of.values() for record in records.each_of(rows)]
         if note := records.caveat(made_of):
             text += f"\n{note}\n"
     elif args.what == "attention":

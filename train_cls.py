@@ -29,10 +29,11 @@ from lab.cli import flag
 from lab.distributed import join_group
 from lab.files import BadInput
 from lab.provenance import weights_digest
+from lab.settings import Settings, settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(engine.Settings):
+class Config(Settings):
     arch: typing.Literal[tuple(models.CLASSIFIERS)] = flag("vgg-resnet", "network")
     depth: int = flag(2, "residual blocks in each of the three stages")
     width: int = flag(32, "channels of the first stage; the next ones have 2x and 4x")
@@ -91,7 +92,7 @@ PROTOCOLS = {
 def base_weights(cfg: Config) -> dict[str, torch.Tensor]:
     """The weights that --frozen starts from. BadInput if --base is another network."""
     model, record = engine.load_trained(Path(cfg.base), torch.device("cpu"), models.build)
-    other = records.differing(record, engine.settings_of(cfg), models.settings_of(asdict(cfg)))
+    other = records.differing(record, settings_of(cfg), models.settings_of(asdict(cfg)))
     for name, (theirs, ours) in other.items():
         raise BadInput(f"--base {cfg.base} has {name} {theirs}, this run has {ours}: give the "
                        f"flags that it was trained with")

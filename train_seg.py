@@ -24,10 +24,11 @@ from lab import cli, cost, engine
 from lab.cli import flag
 from lab.distributed import join_group
 from lab.files import BadInput
+from lab.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(engine.Settings):
+class Config(Settings):
     arch: typing.Literal[tuple(models.SEGMENTERS)] = flag(
         "hourglass", "network; unet takes --width alone")
     hourglasses: int = flag(2, "hourglasses in a row")

@@ -63,7 +63,8 @@ class Dataset:
     def to(self, device: torch.device) -> "Dataset":
         """The set on a device. One that would fill it stays in host memory: `streamed` batches."""
         free = free_memory(device)
-        if free is not None and needed_memory(self) > free // 2:  # the other half is the network's
+        needed = stored_memory(self) + logits_memory(self)
+        if free is not None and needed > free // 2:  # the other half is the network's
             return replace(self, device=device)
         move = lambda tensor: tensor.to(device)
         return replace(self, train=self.train.map(move), test=self.test.map(move), device=device)
@@ -87,11 +88,15 @@ def describe(data: Dataset) -> str:
     return "\n".join(lines)
 
 
-def needed_memory(data: Dataset) -> int:
-    """Bytes of both splits, and of the logits and probabilities of the larger one's evaluation."""
-    splits = (data.train, data.test)
-    stored = sum(tensor.nbytes for split in splits for tensor in (split.images, split.targets))
-    return stored + 8 * len(data.classes) * max(split.targets.numel() for split in splits)
+def stored_memory(data: Dataset) -> int:
+    """Bytes of both splits."""
+    return sum(tensor.nbytes for split in (data.train, data.test)
+               for tensor in (split.images, split.targets))
+
+
+def logits_memory(data: Dataset) -> int:
+    """Bytes of the logits and probabilities of the larger split's evaluation."""
+    return 8 * len(data.classes) * max(split.targets.numel() for split in (data.train, data.test))
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -105,8 +110,11 @@ def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return 255 * torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
-def check_fit(data: Dataset, model: nn.Module) -> None:
-    """BadInput where a set and a network do not fit together: before training, not in its midst."""
+def check_fit(data: Dataset, model: nn.Module, images: int) -> None:
+    """BadInput where a set and a network do not fit together: before training, not in its midst.
+
+    `images` are those of a step: some networks do not train on one, whose norm has no variance.
+    """
     classes = len(data.classes)
     for name, split in (("train", data.train), (data.held_out, data.test)):
         if len(split) == 0:
@@ -119,18 +127,18 @@ def check_fit(data: Dataset, model: nn.Module) -> None:
                            f"{classes} classes are 0 to {classes - 1}; name that class, or mend "
                            f"the target")
     shape = tuple(data.train.images.shape[1:])
-    form = copy.deepcopy(model).to("meta").eval()
+    form = copy.deepcopy(model).to("meta").train()
     try:
         with torch.no_grad():
-            logits = form(torch.empty(1, *shape, device="meta"))
+            logits = form(torch.empty(images, *shape, device="meta"))
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{data.name}: the network does not take its images of {shape} "
-                       f"({reason})") from error
-    expected = (1, classes, *data.train.targets.shape[1:])
+        raise BadInput(f"{data.name}: the network does not train on its images of {shape}, "
+                       f"{images} a step ({reason})") from error
+    expected = (images, classes, *data.train.targets.shape[1:])
     if tuple(logits.shape) != expected:
-        raise BadInput(f"{data.name}: the network gives {tuple(logits.shape)} for an image, where "
-                       f"its targets and {classes} classes want {expected}")
+        raise BadInput(f"{data.name}: the network gives {tuple(logits.shape)} for {images} images, "
+                       f"where their targets and {classes} classes want {expected}")
 
 
 def taken(data: Dataset, split: Split,

@@ -65,16 +65,18 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
           protocols: dict[str, dict] | None = None, prog: str | None = None) -> typing.Any:
     """Command line -> config: its defaults, over them the protocol's, over them the flags given.
 
-    protocols are {name: settings}, the first one the default of `--protocol`; without them config
-    has none.
+    protocols are {name: settings}, the first one the default of `--protocol`; without them a config
+    that has a `protocol` knows one, its defaults.
     """
     parser = Parser(prog, description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if protocols is None and (protocol := getattr(config, "protocol", None)):
+        protocols = {protocol: {}}
     own = config.__annotations__  # what the script adds comes first
     for setting in sorted(dataclasses.fields(config), key=lambda setting: setting.name not in own):
         default = "" if setting.default is None else f" ({setting.default})"
         options = {"help": setting.metadata["help"] + default}
-        if setting.name == "protocol" and protocols:
+        if setting.name == "protocol":
             options["choices"] = list(protocols)
         elif setting.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -97,7 +99,7 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
     given = vars(parser.parse_args(argv))
     protocol = given.get("protocol", next(iter(protocols)))
     base = config(**{**protocols[protocol], "protocol": protocol})
-    changed = [f"{name}={value}" for name, value in given.items()
-               if name not in local(base) | {"seed"} and value != getattr(base, name)]
+    changed = [f"{name}={given[name]}" for name, value in dataclasses.asdict(base).items()
+               if name not in local(base) | {"seed"} and given.get(name, value) != value]
     out = Path("runs", parser.prog.removesuffix(".py"), protocol, ",".join(changed) or "base")
     return dataclasses.replace(base, **{"out": str(out), **given})

@@ -12,17 +12,19 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from lab import batches, engine
-from lab.batches import Dataset, needed_memory
+from lab.batches import Dataset, logits_memory, stored_memory
 from lab.devices import free_memory, host_memory
 from lab.files import BadInput
 from lab.provenance import multiply_adds
+from lab.settings import Settings
 
-Parse = Callable[[list[str]], engine.Settings]
+Parse = Callable[[list[str]], Settings]
 
 
-def read_rows(argv: list[str] | None, parse: Parse) -> list[engine.Settings]:
+def read_rows(argv: list[str] | None, parse: Parse) -> list[Settings]:
     """The settings of each row on stdin: a row is a line of flags, which are added to argv."""
     argv = sys.argv[1:] if argv is None else argv
     rows = [parse([*argv, *shlex.split(line)]) for line in sys.stdin.read().splitlines()]
@@ -54,7 +56,7 @@ def step_seconds(run: engine.Run, loss: Callable) -> float:
     return sum(seconds[1:]) / len(seconds[1:])
 
 
-def describe(rows: list[engine.Settings], run: engine.Run, dataset: Dataset, build: engine.Build,
+def describe(rows: list[Settings], run: engine.Run, dataset: Dataset, build: engine.Build,
              loss: Callable, seeds: int, reading: float) -> str:
     """Lines that say what rows of `seeds` runs each take.
 
@@ -62,10 +64,12 @@ def describe(rows: list[engine.Settings], run: engine.Run, dataset: Dataset, bui
     run does.
     """
     shape, classes = dataset.train.images.shape[1:], len(dataset.classes)
-    work = []
+    work, values = [], []
     for row in rows:
         with torch.device("meta"):
-            work.append(multiply_adds(build(vars(row), shape[0], classes), shape))
+            model = build(vars(row), shape[0], classes)
+        work.append(multiply_adds(model, shape))
+        values.append(activations(model, shape))
     images, base = len(dataset.train), rows[0]
     before = memory(run.device)
     each = step_seconds(run, loss) / len(run.data.train)
@@ -73,17 +77,30 @@ def describe(rows: list[engine.Settings], run: engine.Run, dataset: Dataset, bui
     first = each * (base.epochs * images + (images + len(dataset.test)) / 3)
     runs = [reading + first * one / work[0] for one in work]
     step = memory(run.device) - before
-    widest = max(row.width / base.width for row in rows)  # a step's memory grows as it does
-    stored = needed_memory(dataset)
+    largest = max(values) / values[0]  # a step keeps them for its backward pass
+    held = before + logits_memory(dataset)
+    if run.device.type == "cuda":  # on a CPU the peak so far has the data in it
+        held += stored_memory(dataset)
     free = host_memory() if (found := free_memory(run.device)) is None else found
     return (f"{dataset.name}: {images} training and {len(dataset.test)} {dataset.held_out} images; "
             f"{len(rows)} rows of {seeds} runs, {base.epochs} epochs each\n"
             f"time: about {span(seeds * sum(runs))}, one run after another ({span(runs[0])} for a "
             f"run of the first row, {span(max(runs))} for one of the slowest, {span(reading)} of "
             f"each to read the data)\n"
-            f"memory: about {(before + step + stored) / 1e9:.1f} GB a run, "
-            f"{(before + widest * step + stored) / 1e9:.1f} GB for one of the widest; "
+            f"memory: about {(held + step) / 1e9:.1f} GB a run, "
+            f"{(held + largest * step) / 1e9:.1f} GB for one of the largest; "
             f"{free / 1e9:.1f} GB are free\n")
+
+
+def activations(model: nn.Module, shape: torch.Size) -> int:
+    """Values that the layers of a network on the meta device give for one image (C, H, W)."""
+    counts: list[int] = []
+    for module in model.modules():
+        if not any(module.children()):
+            module.register_forward_hook(lambda _, __, value: counts.append(value.numel()))
+    with torch.no_grad():
+        model.eval()(torch.empty(1, *shape, device="meta"))
+    return sum(counts)
 
 
 def memory(device: torch.device) -> int:

@@ -20,7 +20,7 @@ def pick_device(name: str) -> torch.device:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # "meta" has no values
         return device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name}: not usable here ({str(error).splitlines()[0]}); "

@@ -1,4 +1,4 @@
-"""The one training loop: settings, device, precision, checkpoint and resume, run record.
+"""The one training loop: device, precision, checkpoint and resume, run record.
 
 A script declares its settings as a frozen dataclass on top of `Settings`, and then
 
@@ -21,7 +21,6 @@ import tempfile
 import time
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lab import batches, records
 from lab.batches import Dataset, Split
-from lab.cli import defaults, flag, local
 from lab.devices import keep_freed_memory, pick_dtype
 from lab.distributed import Replica, any_signal, from_first, leave_group, own_device
 from lab.distributed import rank, ranks, share
@@ -40,60 +38,9 @@ from lab.guard import STOPPING, Stopped, handling
 from lab.progress import Progress, progress
 from lab.provenance import environment, multiply_adds, weights_digest
 from lab.runfiles import RunFiles
+from lab.settings import Settings, settings_of
 
 Build = Callable[[dict, int, int], nn.Module]  # (settings, channels, classes) -> the network
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What every training script can be told. A script's own Config adds its model and its data."""
-    protocol: str = flag("report", "set of defaults, see below")
-    split: typing.Literal["full", "dev"] = flag(
-        "full", "full: test once at the end; dev: hold out training data")
-    seed: int = flag(0, "initial weights, order and augmentation")
-    epochs: int = flag(1, "passes over the training split")
-    batch: int = flag(1, "images a step")
-    lr: float = flag(1e-3, "peak learning rate of Adam")  # Adam's own default
-    weight_decay: float = flag(1e-4, "L2 penalty of Adam")
-    warmup: float = flag(0.0, "share of the steps that climb linearly to --lr; the rest falls to 0 "
-                              "as a cosine")
-    precision: typing.Literal["auto", "bf16", "fp16", "fp32"] = flag(
-        "auto", "auto: bf16 where the device has it")
-    deterministic: bool = flag(
-        False, "CUDA: the same bits from every run, at some cost; a CPU does so anyway")
-    compile: bool = flag(
-        False, "torch.compile the network: for GPUs, on a CPU it may slow the steps")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", local=True)
-    data: str | None = flag(
-        None, "a folder of your own images, see docs/own-data.md (default: the study's)",
-        local=True)
-    data_root: str | None = flag(
-        None, "folder of the data sets (default: $DATA_ROOT, else ./data)", local=True)
-    out: str | None = flag(None, "folder of seed<k>.json, seed<k>.pt (default: runs/ and what was "
-                                 "changed)", local=True)
-    dry_run: bool = flag(False, "one step of everything on one batch; leaves no file", local=True)
-    plan: int = flag(0, "say what the rows on stdin, the flags of one a line, would take with so "
-                        "many seeds, and stop", local=True)
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise BadInput(f"--lr {self.lr}: must be above 0")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise BadInput(f"--weight-decay {self.weight_decay}: must be at least 0")
-        if not 0 <= self.warmup < 1:
-            raise BadInput(f"--warmup {self.warmup}: must be in [0, 1)")
-        if not 0 <= self.seed < 2**31:
-            raise BadInput(f"--seed {self.seed}: must be in [0, 2^31)")
-
-
-def settings_of(cfg: Settings) -> dict[str, dict]:
-    """What a record says of a run's settings: their values, and their defaults at the time."""
-    known = {name: value for name, value in dataclasses.asdict(cfg).items()
-             if name not in local(cfg)}
-    return {"config": known, "defaults": defaults(type(cfg))}
 
 
 def load_trained(path: Path, device: torch.device, build: Build) -> tuple[nn.Module, dict]:
@@ -155,24 +102,25 @@ class Run:
         self.dtype = pick_dtype(cfg.precision, self.device)
         # now: the source may change while it runs
         self.environment = environment(self.device, self.dtype)
+        self.earlier: list[dict] = []  # environments, of a run that was begun in others
         self.data = dataset.to(self.device)
         torch.manual_seed(cfg.seed)
         self.model = build(dataclasses.asdict(cfg), len(dataset.mean), len(dataset.classes))
         self.model.to(self.device, memory_format=torch.channels_last)
         if start is not None:
             self.start_from(start)
-        batches.check_fit(self.data, self.model)
+        batches.check_fit(self.data, self.model, images)
         self.optimizer = torch.optim.Adam(self.model.parameters(), cfg.lr,
                                           weight_decay=cfg.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.identity = {"script": Path(sys.argv[0]).name, **settings_of(cfg),
                          "data": dataset.digest}
+        if start is not None:
+            self.identity["start_sha256"] = weights_digest(self.model)
         self.record: dict | None = None
         self.epoch, self.curve, self.seconds = 0, [], 0.0
         self.partial_epoch: dict | None = None  # how far into the epoch, if it was stopped there
         self.files = RunFiles(cfg.out, cfg.seed)
-        if rank() == 0:
-            self.files.claim()
         self.resume()
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
@@ -184,21 +132,25 @@ class Run:
 
     def stored(self) -> dict | None:
         """What the run's files hold, its record or a checkpoint. BadInput if of another run."""
-        if self.files.record.exists():
-            record = records.read(self.files.record)
-            records.refuse_other(self.files.record, record, self.identity)
-            self.files.release()
-            return {"record": record}
-        state = self.files.newest()
-        if state is not None:
-            records.refuse_other(self.files.checkpoint, state["identity"], self.identity)
-        return state
+        if not self.files.record.exists():
+            self.files.claim()
+            path, state = self.files.newest()
+            if state is not None:
+                records.refuse_other(path, state["identity"], self.identity)
+            return state
+        record = records.read(self.files.record)
+        records.refuse_other(self.files.record, record, self.identity)
+        self.files.release()
+        return {"record": record}
 
     def resume(self) -> None:
         """Go on from what the first process finds in the run's files."""
         state = self.stored() if rank() == 0 else None
         if dist.is_initialized():
-            state = from_first(state)
+            state, first = from_first((state, self.identity))
+            if first != self.identity:
+                raise BadInput("this process has other data or settings than the first; start all "
+                               "of them with one command, on the same files")
         if state is None:
             self.save()  # a place that cannot be written shows now, not after the first epoch
         elif "model" not in state:
@@ -217,10 +169,15 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.curve, self.seconds = state["epoch"], state["curve"], state["seconds"]
         self.partial_epoch = state.get("within")
+        self.earlier = [one for one in state.get("environments", []) if one != self.environment]
         step = f", step {self.partial_epoch['step']}" if self.partial_epoch else ""
         if rank() == 0:
             print(f"{self.files.checkpoint}: goes on after epoch {self.epoch}/{self.cfg.epochs}"
                   f"{step}", file=sys.stderr)
+            for other in {one["precision"] for one in self.earlier}:
+                if other != self.environment["precision"]:
+                    print(f"NOTE: it was {other} until here, and is {self.environment['precision']}"
+                          " from here on, as this device has it", file=sys.stderr)
 
     def save(self, **more: typing.Any) -> None:
         """Write the checkpoint; with `more`, a finished run's, that instead of the optimiser."""
@@ -230,7 +187,8 @@ class Run:
                         "scaler": self.scaler.state_dict()}
         self.files.save({"identity": self.identity, "epoch": self.epoch,
                          "model": self.model.state_dict(), "curve": self.curve,
-                         "seconds": self.seconds, "within": self.partial_epoch, **more})
+                         "seconds": self.seconds, "within": self.partial_epoch,
+                         "environments": [*self.earlier, self.environment], **more})
 
     def begin_epoch(self) -> tuple[int, Tensor]:
         """The steps of the epoch that are done, and the sum of their losses."""
@@ -250,6 +208,10 @@ class Run:
         with handling(STOPPING, self.stop):
             for name, split in (("train", self.data.train), (self.data.held_out, self.data.test)):
                 logits = predict(self.model, self.data, split, self.cfg.batch, self.dtype)
+                if not logits.isfinite().all():
+                    raise FloatingPointError(f"the network's outputs for the {name} split are not "
+                                             "finite: training diverged at its end; delete the "
+                                             "run, and lower --lr or use --precision fp32")
                 scores[name] = score(logits, split.targets, self.data.classes)
             return scores, detail(logits, split)
 
@@ -268,7 +230,9 @@ class Run:
             **self.identity, "about_data": about,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "multiply_adds": multiply_adds(self.model, images.shape[1:]),
-            "environment": self.environment, "train_seconds": round(self.seconds, 2),
+            "environment": self.environment,
+            **({"earlier_environments": self.earlier} if self.earlier else {}),
+            "train_seconds": round(self.seconds, 2),
             "curve": {"loss": self.curve}, "metrics": metrics, **more,
             "weights_sha256": weights_digest(self.model)})
         self.save(record=self.record)
@@ -295,7 +259,7 @@ def learning_rate(peak: float, warmup: float, step: int, steps: int) -> float:
     """Linear climb over the first `warmup` share of all steps, then half a cosine down to zero."""
     climb = warmup * steps
     if step < climb:
-        return peak * (step + 1) / climb if climb >= 1 else peak
+        return peak * min(1, (step + 1) / climb)  # its last step may be a part of one
     return peak * 0.5 * (1 + math.cos(math.pi * (step - climb) / (steps - climb)))
 
 

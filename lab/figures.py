@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lab import files, records
-from lab.estimates import Estimate
+from lab.estimates import Estimate, own_value
 from lab.statistics import detectable
 
 # A script that a notebook starts inherits the name of the notebook's way to show pictures, and
@@ -137,7 +137,7 @@ def draw_power(errors: dict[str, dict], rows: int, claims: int, title: str,
         curves.append((right, found))
     for ax, found in curves:
         for n in (3, 4, 6, 10):
-            ax.annotate(f"{found[n - 3]:.1f}", (n, found[n - 3]), xytext=(0, 6), ha="center",
+            ax.annotate(f"{found[n - 3]:.1f}", (n, found[n - 3]), xytext=(5, 5), ha="left",
                         textcoords="offset points", fontsize=8)
     right.set(ylabel="effect decided (points)", yscale="log", title=title)
     right.margins(y=0.12)
@@ -145,7 +145,7 @@ def draw_power(errors: dict[str, dict], rows: int, claims: int, title: str,
     figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9, title="standard "
                   "deviation over seeds, and standard error by the choice of test images")
     for ax in (left, right):
-        ax.set(xlabel="seeds of each row", xticks=seeds)
+        ax.set(xlabel="seeds of each row", xticks=seeds, xlim=(2.7, 10.8))
         ax.grid(alpha=0.3, which="both")
     figure.suptitle(f"Distance from the edge of a claim's range that is decided with 80 % "
                     f"probability, as the hardest of {claims} claims", fontsize=11)
@@ -158,27 +158,39 @@ def seeds_of(rows: dict) -> str:
     return f"{span} seed{'s' * (counts[-1] > 1)}"
 
 
-def draw_curves(rows: dict) -> Figure:
-    """Training loss by epoch: a small panel for each row over the base row's curves in grey."""
+def draw_curves(rows: dict, base: str, loss: str) -> Figure:
+    """Training loss by epoch: a small panel for each row over the base row's curves in grey.
+
+    loss: the setting that says which loss was minimised. Rows of another one than the base's have
+    a scale of their own and nothing in grey, and their titles say so: no two losses compare.
+    """
     columns = 4
     lines = -(-len(rows) // columns)
-    figure, axes = subplots(lines, columns, sharex=True, sharey=True, squeeze=False,
-                            figsize=(2.4 * columns, 0.6 + 1.7 * lines))
-    base = next(iter(rows.values()))
+    figure, axes = subplots(lines, columns, sharex=True, squeeze=False,
+                            figsize=(2.6 * columns, 0.6 + 1.7 * lines))
+    of_row = lambda row: next(iter(rows[row].values()))["config"].get(loss)
+    alike = [ax for ax, row in zip(axes.flat, rows) if of_row(row) == of_row(base)]
+    for ax in alike[1:]:
+        ax.sharey(alike[0])
+    for ax in alike:
+        ax.tick_params(labelleft=ax in axes[:, 0])
     for ax in axes.flat[len(rows):]:
         ax.set_visible(False)
     # the lowest panel of its column, though not always in the last line
     for ax in axes.flat[max(0, len(rows) - columns):len(rows)]:
         ax.tick_params(labelbottom=True)
     for ax, (row, seeds) in zip(axes.flat, rows.items()):
-        for runs, style in ((base, {"color": "0.7", "lw": 2.5}),
+        grey = rows[base] if ax in alike else {}
+        for runs, style in ((grey, {"color": "0.7", "lw": 2.5}),
                             (seeds, {"color": BLUE, "marker": "."})):
             for record in runs.values():
-                loss = record["curve"]["loss"]
-                ax.plot(range(1, len(loss) + 1), loss, **style)
-        ax.set_title(row, fontsize=9)
+                curve = records.need(record, "curve", "loss", kind=list)
+                ax.plot(range(1, len(curve) + 1), curve, **style)
+        ax.set_title(row if ax in alike else f"{row}: own scale", fontsize=9,
+                     color="black" if ax in alike else RED)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel("epoch (grey: the base row)")
+    figure.supxlabel("epoch (grey: the base row"
+                     + (f"; own scale: another {loss})" if len(alike) < len(rows) else ")"))
     figure.supylabel("training loss")
     return marked(figure, records.each_of(rows))
 
@@ -234,8 +246,8 @@ def draw_architecture(blocks: list[dict], title: str) -> Figure:
 
 def across_seeds(seeds: dict[int, dict], key: str) -> tuple[float, float]:
     """Mean of a test metric over a row's records, and half of its 95 % interval, in percent."""
-    mean, half = records.interval([record["metrics"]["test"][key] for record in seeds.values()])
-    return mean, 0.0 if np.isnan(half) else half
+    found = own_value(seeds, key)
+    return found.mean, 0.0 if np.isnan(found.half) else found.half
 
 
 def draw_trends(rows: dict[tuple[str, float], dict], panels: dict[str, dict[str, str]],

@@ -197,9 +197,10 @@ def digest_of_digests(entries: Iterable[tuple[str, str]]) -> str:
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint of this project, unpickled without running code. BadInput for anything else."""
     import torch
+    content = io.BytesIO(path.read_bytes())  # what cannot be read is not damaged
     try:
         # torch.load does not look at the checksums that torch.save wrote
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(content) as archive:
             for entry in archive.infolist():
                 # torch.save never compresses, and a small file could unpack to any size; a file
                 # with the attribute of a folder is empty to torch.load: its tensor would be
@@ -208,10 +209,10 @@ def read_checkpoint(path: Path) -> dict:
                     raise zipfile.BadZipFile("compressed, or a folder")
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile("checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content.seek(0)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        state["identity"]["config"], state["identity"]["data"]
         return {name: state[name] for name in ("identity", "epoch", "model", *state)}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # torch, zipfile and pickle each raise their own for a damaged file
         raise BadInput(f"{path} is no checkpoint of this project, or damaged "
                        f"({type(error).__name__}); delete or replace it") from error

@@ -60,6 +60,9 @@ def of_torch(error: RuntimeError) -> tuple[str, int] | None:
         return None
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory: lower --batch first, then --size or --width", 2
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        reason = str(error).split("\n\n")[0]
+        return f"--compile does not work here ({reason}); leave it out", 2
     if torch.distributed.is_initialized() and (
             "gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
         return "another process of the group has ended; run the same command to go on", 1

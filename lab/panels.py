@@ -179,10 +179,10 @@ def draw_shifts(name: str, seeds: dict[int, dict], sweep: dict[str, np.ndarray])
     places.set(xticks=[0, 1], yticks=[0, 1], xticklabels=["left", "right"],
                yticklabels=["top", "bottom"], title="accuracy by cell")
     places.set_ylabel(name, fontsize=12)
-    titles = {"sweep_accuracy": "accuracy", "sweep_consistency": "same prediction as unshifted"}
+    titles = {"sweep_accuracy": "accuracy", "sweep_consistency": "prediction unchanged"}
     for ax, (key, title) in zip(axes, titles.items()):
         image = ax.imshow(100 * sweep[key], cmap="viridis")
-        figure.colorbar(image, ax=ax, label="%")
+        figure.colorbar(image, ax=ax, label="%", shrink=0.75)
         ax.set(xticks=range(0, 29, 4), yticks=range(0, 29, 4), xlabel="shift right (pixels)",
                ylabel="shift down (pixels)", title=title)
     return figure

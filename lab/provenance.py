@@ -25,7 +25,8 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
     except OSError:  # no git on this machine
         commit, changes = None, None
     sources = [(path.relative_to(SOURCE).as_posix(), path.read_bytes())
-               for path in (*SOURCE.glob("*.py"), *SOURCE.glob("lab/*.py"))]
+               for path in (*SOURCE.glob("*.py"), *SOURCE.glob("lab/*.py"))
+               if not path.name.startswith(".")]  # an editor's, a link to nowhere
     return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes),
             "source_sha256": tree_digest(sources), "python": platform.python_version(),
             "torch": str(torch.__version__), "torchvision": torchvision.__version__,
@@ -57,5 +58,5 @@ def weights_digest(model: nn.Module) -> str:
 def multiply_adds(model: nn.Module, shape: torch.Size) -> int:
     """Multiply-adds of one forward pass of one image (C, H, W), counted without computing it."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to("meta")(torch.empty(1, *shape, device="meta"))
+        copy.deepcopy(model).to("meta").eval()(torch.empty(1, *shape, device="meta"))
     return counter.get_total_flops() // 2

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import typing
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,10 +26,11 @@ def read(path: Path) -> dict:
     """A run record. BadInput if the file is anything else."""
     try:
         record = json.loads(path.read_text())
-        if not isinstance(record["config"], dict) or not isinstance(record["metrics"], dict):
-            raise TypeError("config and metrics must be objects")
+        for one in (record["config"], record["metrics"], *record["metrics"].values()):
+            if not isinstance(one, dict):
+                raise TypeError("config, metrics and what they hold of a split must be objects")
         return {name: record[name] for name in ("config", "data", "metrics", *record)}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path} is no run record, or damaged ({type(error).__name__}); "
                        f"delete it") from error
 
@@ -97,16 +99,27 @@ def load(folder: Path, protocol: str, order: Iterable[str] = (),
          shared: Iterable[str] = ()) -> dict[str, dict[int, dict]]:
     """{row: {seed: record}} of a folder; the rows in `order` first, then any others.
 
-    BadInput names a record that does not belong: of another protocol, other data, another value of
-    a setting that all rows must share, or other settings than its own row's other seeds.
+    A record is a file called seed<k>.json, and nothing else is. BadInput names a record that does
+    not belong: without metrics of the test split, of another protocol, other data, another value of
+    a setting that all rows must share, or other settings than its own row's other seeds; and one
+    whose arrays are another's.
     """
     rows, known = {}, list(order)
     names = sorted(path.name for path in folder.glob("*/"))
     for row in [row for row in known if row in names] + [row for row in names if row not in known]:
-        for path in sorted(folder.glob(f"{row}/seed*.json")):
+        for path in sorted(folder.joinpath(row).iterdir()):
+            if not re.fullmatch(r"seed(0|-?[1-9][0-9]*)\.json", path.name):
+                continue
             record = read(path)
             if type(seed := record["config"].get("seed")) is not int:
                 raise BadInput(f"{path} is no run record, or damaged (seed {seed}); delete it")
+            if path.name != f"seed{seed}.json":
+                raise BadInput(f"{path} is of seed {seed} by its own settings: name it "
+                               f"seed{seed}.json, or delete it")
+            if "test" not in record["metrics"]:
+                raise BadInput(f"{path} has no metrics of the test split, but of "
+                               f"{', '.join(record['metrics']) or 'none'}: tables and claims are "
+                               f"of runs with --split full")
             rows.setdefault(row, {})[seed] = {**record, "path": str(path)}
     first_of_all = next(iter(each_of(rows)), None)
     for seeds in rows.values():
@@ -118,13 +131,29 @@ def load(folder: Path, protocol: str, order: Iterable[str] = (),
                                f"the {protocol} table")
             for key, (ours, theirs) in differing(record, first_of_all, shared).items():
                 raise BadInput(f"{path} has {key} {ours}, but {first_of_all['path']} has {theirs}: "
-                               f"a row may differ by its own switch alone")
+                               f"all rows of a table share it")
             if record["data"] != first_of_all["data"]:
                 raise BadInput(f"{path} was made on other data than {first_of_all['path']}")
             if differing(record, first).keys() - {"seed"}:
                 raise BadInput(f"{path} has another configuration than {first['path']}, a seed of "
                                f"the same row")
+    tell_apart(each_of(rows))
     return rows
+
+
+def tell_apart(records: list[dict]) -> None:
+    """BadInput for two records of different metrics whose arrays are the same: a copied file."""
+    seen = {}
+    for record in records:
+        try:
+            with zipfile.ZipFile(arrays_file(record)) as archive:
+                sums = tuple(sorted((entry.filename, entry.CRC) for entry in archive.infolist()))
+        except (OSError, zipfile.BadZipFile, NotImplementedError):
+            continue  # none, or damaged: whoever reads them says so
+        other = seen.setdefault(sums, record)
+        if other["metrics"]["test"] != record["metrics"]["test"]:
+            raise BadInput(f"{arrays_file(record)} holds the same arrays as {arrays_file(other)}, "
+                           f"whose record has other metrics: run what was copied over again")
 
 
 def differing(a: dict, b: dict, keys: Iterable[str] | None = None) -> dict[str, tuple]:
@@ -143,16 +172,22 @@ def differing(a: dict, b: dict, keys: Iterable[str] | None = None) -> dict[str, 
     return found
 
 
+def switches(record: dict, other: dict) -> dict[str, tuple]:
+    """The settings, beside the seed, in which two rows differ: see `differing`."""
+    return {key: values for key, values in differing(record, other).items() if key != "seed"}
+
+
 def refuse_other(path: Path, stored: dict, ours: dict) -> None:
-    """BadInput if what lies at the path was made with other settings or of other data."""
+    """BadInput if what lies at the path was made with other settings, data or first weights."""
     found = differing(stored, ours)
-    if stored["data"] != ours["data"]:
-        found["data"] = stored["data"], ours["data"]
+    for key in ours.keys() & {"data", "start_sha256"}:
+        if stored.get(key, mine := ours[key]) != mine:
+            found[key] = stored[key], mine
     if found:
         other = "; ".join(f"{key} {theirs} there, {mine} here"
                           for key, (theirs, mine) in found.items())
         raise BadInput(f"{path} was made with other settings ({other}); choose another --out, "
-                       f"or delete it")
+                       f"or delete {path}")
 
 
 def each_of(rows: dict[str, dict[int, dict]]) -> list[dict]:
@@ -165,8 +200,69 @@ def caveat(records: Iterable[dict]) -> str:
     return "SYNTHETIC data: drawn, not photographed." if drawn else ""
 
 
+def need(record: dict, *names: str, kind: type | tuple = object) -> typing.Any:
+    """record[name][name]..., which every run writes. BadInput where it is not there."""
+    found = record
+    for i, name in enumerate(names):
+        if not isinstance(found, dict) or name not in found:
+            raise BadInput(f"{record['path']} has no {' '.join(names[:i + 1])}: it is damaged, or "
+                           f"no record of this kind; run it again")
+        found = found[name]
+    if not isinstance(found, kind):
+        raise BadInput(f"{record['path']} has {' '.join(names)} {found!r}: it is damaged; run it "
+                       f"again")
+    return found
+
+
+def value_of(record: dict, split: str, key: str) -> float:
+    """A metric of a record; NaN where it is null, or from before it was measured."""
+    value = record.get("metrics", {}).get(split, {}).get(key)
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float) or math.isinf(value):
+        raise BadInput(f"{record['path']} has {split} {key} {value!r}, which is no number: it is "
+                       f"damaged; run it again")
+    return float(value)
+
+
 def arrays_file(record: dict) -> Path:
     return Path(record["path"]).with_suffix(".npz")
+
+
+COUNTS = "hits", "misses", "groups"  # pixels (groups, classes, bins), and what the groups are
+
+
+def arrays_of(record: dict, needed: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays beside a record. BadInput where they lack a needed one, or cannot be its own."""
+    path, arrays = arrays_file(record), load_arrays(arrays_file(record))
+    for name in needed:
+        if name not in arrays:
+            raise BadInput(f"{path} holds no {name}, but {', '.join(sorted(arrays))}: it is of "
+                           f"another kind of run")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise BadInput(f"{path} has {name} of {array.dtype}: it is no run's")
+    if not arrays.keys().isdisjoint(COUNTS):
+        shapes = {name: arrays[name].shape for name in COUNTS if name in arrays}
+        of_counts = shapes.get("hits", ())
+        expected = {"hits": of_counts, "misses": of_counts, "groups": of_counts[:1]}
+        for name, shape in shapes.items():
+            if len(of_counts) != 3 or shape != expected[name]:
+                raise BadInput(f"{path} has {name} of shape {shape}, and hits of {of_counts}: it "
+                               f"is damaged; run it again")
+        return arrays
+    images = record.get("metrics", {}).get("test", {}).get("images")
+    for name in ("accuracy", "prediction", "target", "group"):
+        if name not in arrays:
+            continue
+        if arrays[name].ndim != 1:
+            raise BadInput(f"{path} has {name} of shape {arrays[name].shape}, not one value an "
+                           f"image")
+        images = len(arrays[name]) if images is None else images
+        if len(arrays[name]) != images:
+            raise BadInput(f"{path} has {len(arrays[name])} values of {name}, the record {images} "
+                           f"images: it is another run's; run this one again")
+    return arrays
 
 
 @functools.cache
@@ -188,26 +284,23 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
                        f"then run it again") from error
 
 
-def pairs_of(rows: dict, row: str, other: str) -> list[tuple[dict, dict]]:
-    """The records of two rows by the seeds that both have, in order."""
+def pairs_of(rows: dict, row: str, other: str | None) -> list[tuple[dict, dict | None]]:
+    """The records of two rows by the seeds that both have, in order; alone, a row's and None."""
     ours, theirs = rows.get(row, {}), rows.get(other, {})
-    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    both = ours.keys() & theirs.keys() if other else ours
+    return [(ours[seed], theirs.get(seed)) for seed in sorted(both)]
 
 
 def paired(rows: dict, row: str, other: str | None, split: str, key: str) -> list[float]:
     """A metric's differences row - other, by the seeds that both have; alone, the row's values."""
-    value = lambda record: record["metrics"][split].get(key)  # None: from before it was measured
-    if other is None:
-        found = [value(record) for _, record in sorted(rows.get(row, {}).items())]
-    else:
-        pairs = [(value(a), value(b)) for a, b in pairs_of(rows, row, other)]
-        found = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-    return [value for value in found if value is not None]
+    found = [value_of(a, split, key) - (value_of(b, split, key) if b else 0.0)
+             for a, b in pairs_of(rows, row, other)]
+    return [value for value in found if not math.isnan(value)]
 
 
 def mean_arrays(seeds: dict[int, dict], names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Means over a row's seeds of arrays that lie beside its records."""
-    loaded = [load_arrays(arrays_file(record)) for record in seeds.values()]
+    loaded = [arrays_of(record, names) for record in seeds.values()]
     return {name: np.mean([arrays[name] for arrays in loaded], 0) for name in names}
 
 
@@ -215,7 +308,7 @@ def summed_confusion(seeds: dict[int, dict], classes: int) -> np.ndarray:
     """int64 (classes, classes): true class by predicted one, over all seeds of a row."""
     total = np.zeros((classes, classes), np.int64)
     for record in seeds.values():
-        arrays = load_arrays(arrays_file(record))
+        arrays = arrays_of(record, ("target", "prediction"))
         np.add.at(total, (arrays["target"], arrays["prediction"]), 1)
     return total
 

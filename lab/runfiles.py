@@ -26,10 +26,13 @@ class RunFiles:
         self.previous = self.checkpoint.with_suffix(".prev.pt")
         self.record = self.checkpoint.with_suffix(".json")
         self.lock = self.checkpoint.with_name(f".{self.checkpoint.stem}.lock")
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
     def claim(self) -> None:
-        """Hold the lock for as long as this object lives. BadInput if another process has it."""
+        """Make the folder and hold its lock for as long as this object lives.
+
+        BadInput if another process has it, or the file system no locks.
+        """
+        self.lock.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
         weakref.finalize(self, os.close, file)
         try:
@@ -37,26 +40,36 @@ class RunFiles:
         except BlockingIOError as error:
             raise BadInput(f"{self.checkpoint} is being written by another process; wait for it, "
                            f"or choose another --out") from error
+        except OSError as error:
+            raise BadInput(f"{self.lock} cannot be locked ({error.strerror}); choose an --out on a "
+                           f"local disk") from error
         # by a process that was killed
         for half_written in self.lock.parent.glob(f".{self.checkpoint.stem}.*.tmp"):
             half_written.unlink()
 
     def release(self) -> None:
         """Leave the three files of a complete run and nothing else."""
-        self.previous.unlink(missing_ok=True)
-        self.lock.unlink(missing_ok=True)
+        for file in (self.previous, self.lock):
+            if file.exists():  # where there is nothing to do the folder may be read-only
+                file.unlink(missing_ok=True)
 
-    def newest(self) -> dict | None:
-        """The newest readable checkpoint, None where there is none. BadInput if all are damaged."""
+    def newest(self) -> tuple[Path, dict | None]:
+        """The newest readable checkpoint and its file. None where there is none.
+
+        BadInput if all are damaged.
+        """
         if not self.checkpoint.exists() and not self.previous.exists():
-            return None
+            return self.checkpoint, None
         try:
-            return read_checkpoint(self.checkpoint)
+            return self.checkpoint, read_checkpoint(self.checkpoint)
         except (BadInput, FileNotFoundError) as error:
             if not self.previous.exists():
                 raise
             print(f"NOTE: {error}; using {self.previous}", file=sys.stderr)
-            return read_checkpoint(self.previous)
+            state = read_checkpoint(self.previous)
+            # the next save would keep it as the one before, in this one's place
+            self.checkpoint.unlink(missing_ok=True)
+            return self.previous, state
 
     def save(self, state: dict[str, typing.Any]) -> None:
         """Write the checkpoint; the one it replaces is kept as the one before."""

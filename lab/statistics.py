@@ -6,7 +6,6 @@ study. SciPy is imported where a quantile is asked for: a machine that only make
 none.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,10 +67,11 @@ def sum_of(a: Part, b: Part) -> Part:
 def reach(level: np.ndarray | float, parts: tuple[Part, ...]) -> np.ndarray:
     """How far from the truth an estimate gets with probability `level`: a one-sided quantile.
 
-    Each source has its own quantile, and these add in quadrature, as Cochran and Cox weigh two
-    samples. One Welch-Satterthwaite sum over all sources would not do: where few seeds happen to
-    lie close together, it would take the many degrees of freedom of the test set for those of the
-    whole (docs/statistics.md).
+    Each source has its own quantile t, and reach² is the sum of t² times variance: so t² is the
+    mean of the sources' t², weighted by variance. Cochran and Cox weigh two samples in that way,
+    but t itself; t² is never less. One Welch-Satterthwaite sum over all sources would not do:
+    where few seeds happen to lie close together, it would take the many degrees of freedom of the
+    test set for those of the whole (docs/statistics.md).
     """
     from scipy import stats
     return np.sqrt(sum(np.square(stats.t.isf(level, part.dof)) * part.variance for part in parts))
@@ -126,19 +126,6 @@ def holm(ps: np.ndarray) -> np.ndarray:
     back = np.empty_like(ps)
     np.put_along_axis(back, order, adjusted, -1)
     return back
-
-
-def sign_flip(differences: list[float]) -> float:
-    """Exact two-sided p of the paired sign-flip test.
-
-    That is the share of all choices of signs whose |sum| is as large. ValueError for more than 20
-    differences.
-    """
-    if len(differences) > 20:
-        raise ValueError(f"{len(differences)} seeds have 2^{len(differences)} choices of signs; "
-                         f"compare at most 20")
-    signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
-    return float(np.mean(np.abs(signs @ np.asarray(differences)) >= abs(sum(differences)) - 1e-12))
 
 
 def detectable(seeds: int, rows: int, claims: int, spread: float = 1.0, test_set: float = 0.0,

@@ -35,7 +35,7 @@ import metrics
 import models
 import train_cls
 import train_seg
-from lab import batches, devices, engine, provenance, records
+from lab import batches, devices, engine, provenance, records, settings
 from lab.progress import progress
 
 BATCH, SIZE, STEPS, ROUNDS = 8, 256, 2, 4  # the study's size; the batch that a CPU takes
@@ -100,7 +100,7 @@ def plain_loop(dataset: batches.Dataset, device: torch.device) -> float:
     raise AssertionError("the data set is smaller than a round")
 
 
-def engine_loop(cfg: engine.Settings, dataset: batches.Dataset, steps: int = STEPS) -> float:
+def engine_loop(cfg: settings.Settings, dataset: batches.Dataset, steps: int = STEPS) -> float:
     """Seconds a step, after a warm-up step, by the engine's own clock."""
     seconds = []
     for count in (1, steps):
@@ -140,7 +140,7 @@ def apart(loop: str, beside: int = 1) -> float:
     return statistics.mean(seconds) / beside
 
 
-def profiled(name: str, cfg: engine.Settings, dataset: batches.Dataset) -> dict:
+def profiled(name: str, cfg: settings.Settings, dataset: batches.Dataset) -> dict:
     """Shares of a step's time by operator; its convolutions' rate against a matrix product's."""
     dataset = dataclasses.replace(dataset, train=dataset.train.map(lambda t: t[:cfg.batch]))
     with tempfile.TemporaryDirectory() as out:

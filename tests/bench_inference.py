@@ -5,8 +5,8 @@
 Each measurement is a process of its own that loads one form, and for each batch warms up and times
 forward passes of random images. Rounds go over all forms in turn, so that a busy machine slows all
 of them; ratios are taken within a round. "eager" is what a plain script gets: PyTorch's default
-layout and allocator. The C++ program takes part where `make cpp/runner` built it, OpenVINO where
-it is installed. Metrics are of the held-out split at the run's own image size.
+layout and allocator. The C++ program takes part where `make cpp/runner` built it, OpenVINO where it
+is installed. Metrics are of the held-out split at the run's own image size.
 """
 
 import functools

@@ -1,5 +1,6 @@
 """Bad flags, checkpoints and records, made by code: each case ends in one line and exit code 2."""
 
+import io
 import json
 import os
 import zipfile
@@ -23,6 +24,8 @@ FLAGS = {
     "train_cls --weight-decay inf": "--weight-decay inf: must be at least 0",
     "train_seg --weight-power nan": "--weight-power nan: must be finite",
     "train_cls --warmup 1": "--warmup 1.0: must be in [0, 1)",
+    "train_seg --plan -2": "--plan -2: must be at least 1 seed",
+    "train_cls --device meta": "--device meta: not usable here",
     "train_cls --seed -1": "--seed -1: must be in [0, 2^31)",
     "train_cls --seed 4294967296": "must be in [0, 2^31)",
     "train_cls --depth 0": "--depth 0: must be at least 1",
@@ -168,6 +171,21 @@ def test_checkpoints(finished, tmp_path, capsys, case, script):
                    "--device", "cpu")
     assert message in said and (case == "of another data set" or str(path) in said)
     assert [item.name for item in tmp_path.iterdir() if item.is_file()] == ["seed0.pt"]
+
+
+def test_a_step_of_one_value_a_channel_is_refused(finished, capsys, monkeypatch):
+    """Its norm would have no variance, which torch says in the first step only."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    for plan in ((), ("--plan", 1)):
+        said = refused(capsys, "train_seg", "--size", 16, "--batch", 1, "--width", 4, "--dry-run",
+                       "--data-root", finished[1], *plan)
+        assert "the network does not train on its images of (3, 16, 16), 1 a step" in said
+
+
+def test_heads_that_cannot_share_a_width(fashion_root, capsys):
+    said = refused(capsys, "train_cls", "--block", "transformer", "--width", 25, "--dry-run",
+                   "--device", "cpu", "--data-root", fashion_root)
+    assert "100 channels cannot share them among 3 heads; choose a --width that is a" in said
 
 
 RECORDS = {"of no bytes": "", "that is half": '{"config": {', "that is a list": "[]",

@@ -26,7 +26,7 @@ def test_a_plan_counts_rows_and_seeds(tmp_path, monkeypatch, capsys, script):
         r"about ([\d.]+) hours.*\(([\d.]+) hours for a run.*, ([\d.]+) hours", said).groups())
     assert one == pytest.approx(first, abs=0.1) and 3 * one < slowest < 4.1 * one  # of width 8
     assert total == pytest.approx(3 * (one + slowest), rel=0.01)
-    assert re.search(r"memory: about [\d.]+ GB a run, [\d.]+ GB for one of the widest; ", said)
+    assert re.search(r"memory: about [\d.]+ GB a run, [\d.]+ GB for one of the largest; ", said)
     assert not (tmp_path / "runs").exists()
 
 

@@ -34,6 +34,7 @@ if "HIT" in os.environ:
                 os.kill(os.getpid(), number)
             yield batch
     batches.shuffled = hit
+sys.argv = [word.replace("RANK", os.environ.get("RANK", "")) for word in sys.argv]
 name = sys.argv[1]
 sys.argv[0] = f"{name}.py"
 sys.exit(cli.guard(lambda: importlib.import_module(name).main(sys.argv[2:])))
@@ -118,6 +119,16 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(whole, tmp_path):
     done, record = run(tmp_path, root, SEG, processes=2)
     assert done.returncode == 0
     assert_same_run(one, record)
+
+
+def test_processes_of_other_data_do_not_train_together(whole, tmp_path):
+    """A machine that lacks the photos would else train on drawn ones beside the others."""
+    roots = [make_tiny_root(tmp_path / str(process), 8, 4) for process in (0, 1)]
+    mask = roots[1] / "mini_facade/train/eecs442_0000.png"
+    mask.write_bytes((roots[1] / "mini_facade/train/eecs442_0001.png").read_bytes())
+    done, record = run(tmp_path / "out", tmp_path / "RANK", SEG, processes=2)
+    assert record is None and done.returncode != 0
+    assert "process 1: this process has other data or settings than the first" in done.stderr
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(whole, tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +33,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+def test_outputs_that_are_not_finite_are_not_scored(tiny_root, tmp_path, capsys, monkeypatch):
+    """The loss of the last step may be the last finite thing."""
+    real = engine.forward
+    monkeypatch.setattr(engine, "forward", lambda model, *more: (
+        real(model, *more) if model.training else real(model, *more) * math.nan))
+    assert run_seg(tiny_root, tmp_path) == 1
+    assert "outputs for the train split are not finite: training diverged" in one_error(capsys)
+    assert not (tmp_path / "seed0.json").exists()
+
+
+def test_a_machine_without_a_compiler_says_so(tiny_root, tmp_path):
+    script = provenance.SOURCE / "train_seg.py"
+    done = subprocess.run([sys.executable, script, "--protocol", "smoke", "--compile",
+                           "--device", "cpu", "--data-root", tiny_root],
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "CXX": "no-such-compiler",
+                               "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --compile does not work here (")
+    assert "Traceback" not in done.stderr
+
+
 def test_out_of_memory_names_the_flags_to_lower(capsys):
     def hungry():
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -44,6 +69,8 @@ def test_the_learning_rate():
     rate = lambda warmup, step: engine.learning_rate(2.0, warmup, step, 100)
     assert rate(0, 0) == 2 and rate(0, 50) == pytest.approx(1) and 0 < rate(0, 99) < 0.001
     assert [rate(0.2, step) for step in (0, 19, 60)] == pytest.approx([0.1, 2, 1])
+    for steps in range(1, 12):  # a climb may end within a step, and never climbs past the peak
+        assert all(engine.learning_rate(2, 0.3, step, steps) <= 2 for step in range(steps))
     climb = [rate(0.2, step) for step in range(100)]
     assert max(climb) == climb[19] and climb[20:] == sorted(climb[20:], reverse=True)
 

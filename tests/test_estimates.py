@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from made_records import table, verdicts, write_record
 
 import train_cls
 from lab import estimates, records
@@ -18,7 +19,9 @@ def rows_of(tmp_path, **arrays):
         path.parent.mkdir(exist_ok=True)
         np.savez(path, target=arrays["target"], prediction=arrays[row],
                  **({"group": arrays["group"]} if "group" in arrays else {}))
-        rows[row] = {0: {"path": str(path.with_suffix(".json"))}}
+        right = float((arrays[row] == arrays["target"]).mean())
+        rows[row] = {0: {"path": str(path.with_suffix(".json")),
+                         "metrics": {"test": {"accuracy": right, "map": 0.5}}}}
     return rows
 
 
@@ -43,7 +46,54 @@ def test_groups_are_resampled_as_a_bootstrap_does(tmp_path):
     assert found.variance == pytest.approx(difference[draws].mean((1, 2)).var(), rel=0.06)
     assert found.dof == 39
     alone = part(tmp_path, **arrays)
-    assert alone.dof == 199 and found.variance == pytest.approx(5 * alone.variance)
+    assert alone.dof == 199
+    assert found.variance == pytest.approx(5 * alone.variance * (40 / 39) / (200 / 199))
+
+
+def test_the_variance_of_a_sample_is_that_of_its_population(tmp_path):
+    """Divided by n - 1: with few images, or few groups, n would make every interval too narrow."""
+    right = {"target": np.ones(4, np.uint8), "base": np.array([0, 0, 1, 1], np.uint8),
+             "other": np.array([1, 1, 1, 0], np.uint8)}
+    assert part(tmp_path, **right).variance == pytest.approx(np.var([1, 1, 0, -1], ddof=1) / 4)
+    grouped = part(tmp_path, **right, group=np.array([0, 0, 1, 1]))
+    assert grouped.variance == pytest.approx(np.var([2, -1], ddof=1) * 2 / 4**2)  # of two sums
+    assert grouped.dof == 1
+
+
+@pytest.mark.parametrize("group, units", [(None, 8), (np.arange(8) // 2, 4)])
+def test_rows_that_agree_on_every_image_may_differ_on_the_next(tmp_path, group, units):
+    """As all do on a small and easy set: the next image, or group, may be the first."""
+    right = dict.fromkeys(("target", "base", "other"), np.ones(8, np.uint8))
+    found = part(tmp_path, **right, **({} if group is None else {"group": group}))
+    assert (found.variance, found.dof) == (pytest.approx(1 / units**2), units - 1)
+
+
+def test_so_do_redrawn_metrics_that_agree_on_every_draw(tmp_path):
+    rows = rows_of(tmp_path, **dict.fromkeys(("target", "base", "other"), np.ones(8, np.uint8)))
+    for row in rows:
+        np.savez(tmp_path / row / "seed0.npz", hits=np.ones((8, 1, 4)), misses=np.ones((8, 1, 4)),
+                 groups=np.arange(8))
+    records.load_arrays.cache_clear()
+    of = lambda variance: estimates.test_set_part(rows, "other", "base", "map", {
+        "map": lambda record: np.array([0, 1] if "other" in record["path"] else [0, 0]) * variance})
+    assert of(0).variance == pytest.approx(1 / 64) and of(0).dof == 7
+    assert of(0.02).variance == pytest.approx(0.01**2 * 8 / 7)  # one that is seen stands
+
+
+def test_one_image_tells_nothing_of_the_next(tmp_path):
+    one = part(tmp_path, **dict.fromkeys(("target", "base", "other"), np.ones(1, np.uint8)))
+    assert np.isnan(one.variance)
+
+
+def test_a_small_and_easy_set_decides_nothing(tmp_path):
+    """All rows right on all of 8 images of one's own: no interval of 0, and no verdict."""
+    for row in ("maxpool-2-32", "maxpool-2-32-noact"):
+        for seed in range(3):
+            path = write_record(tmp_path, row, seed, 1.0)
+            np.savez(path.with_suffix(".npz"), prediction=np.ones(8), target=np.ones(8))
+    assert table(tmp_path)["maxpool-2-32-noact"][0] == "+0.00 ± 29.56"  # 2.3646 / 8
+    found = verdicts(tmp_path)["C2"]
+    assert found["verdict"] == "undecided" and found["p"] > 0.5
 
 
 def test_a_group_an_image_is_the_rule_for_images(tmp_path):

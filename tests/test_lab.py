@@ -11,10 +11,11 @@ from torch import nn
 from lab import cli, engine, guard, records
 from lab.batches import Dataset, Split
 from lab.files import BadInput
+from lab.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(engine.Settings):
+class Config(Settings):
     width: int = cli.flag(4, "channels")
 
 
@@ -79,11 +80,27 @@ def test_a_network_a_set_and_a_loss_of_ones_own(tmp_path, monkeypatch, capsys):
     assert record == whole and isinstance(model, Net) and not model.training
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_belongs_to_the_weights_that_it_started_from(tmp_path, monkeypatch, finished):
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    build = lambda settings, *shape: Net(settings["width"], *shape)
+    cfg = Config(batch=10, device="cpu", precision="fp32", out=str(tmp_path))
+    one, other = (Net(4, 1, 3).state_dict() for _ in range(2))
+    run = engine.Run(cfg, STEPS, build, one)
+    engine.fit(run, hinge)
+    if finished:
+        run.finish(*run.evaluate(share_right, lambda logits, split: {"none": logits.numpy()}))
+    run.files.lock.unlink(missing_ok=True)
+    engine.Run(cfg, STEPS, build, one).files.lock.unlink(missing_ok=True)
+    with pytest.raises(BadInput, match="made with other settings .start_sha256"):
+        engine.Run(cfg, STEPS, build, other)
+
+
 @pytest.mark.parametrize("spoil, said", [
     ({"classes": ("a", "b")},
      "steps: a target of the train split is 2, but the 2 classes are 0 to 1"),
     ({"mean": (0.5, 0.5), "std": (1.0, 1.0)},
-     "steps: the network does not take its images of (1, 1, 16)"),
+     "steps: the network does not train on its images of (1, 1, 16)"),
     ({"test": steps_of(0)}, "steps: its test split has no image")])
 def test_what_does_not_fit_together_is_refused_before_training(tmp_path, spoil, said):
     with pytest.raises(BadInput) as error:
@@ -91,10 +108,15 @@ def test_what_does_not_fit_together_is_refused_before_training(tmp_path, spoil, 
     assert str(error.value).startswith(said)
 
 
+def test_the_default_place_of_ones_own_study(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    assert cli.parse(Config, "", ["--width", "8"]).out == "runs/mine/report/width=8"
+
+
 def test_a_network_of_other_classes_is_refused_before_training(tmp_path):
     dataset = replace(STEPS, classes=("a", "b", "c", "d"))
     cfg = Config(device="cpu", out=str(tmp_path))
-    with pytest.raises(BadInput, match=r"the network gives \(1, 3\) for an image"):
+    with pytest.raises(BadInput, match=r"the network gives \(1, 3\) for 1 images"):
         engine.Run(cfg, dataset, lambda settings, channels, classes: Net(4, channels, 3))
 
 

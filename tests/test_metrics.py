@@ -94,7 +94,7 @@ NAMES = ("a", "b", "c")
 
 def test_segmentation_against_scikit_learn():
     torch.manual_seed(0)
-    logits, target = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
+    logits, target = torch.randn(4, 3, 7, 7), torch.randint(0, 3, (4, 7, 7))
     found = metrics.segmentation(logits, target, NAMES)
     probs = logits.softmax(1).permute(0, 2, 3, 1).reshape(-1, 3).numpy()
     flat = target.reshape(-1).numpy()
@@ -107,7 +107,7 @@ def test_segmentation_against_scikit_learn():
     prediction = logits.argmax(1).reshape(-1).numpy()
     iou = jaccard_score(flat, prediction, average=None)
     assert list(found["iou"].values()) == pytest.approx(iou.tolist())
-    assert found["pixel_accuracy"] == pytest.approx((prediction == flat).mean())
+    assert found["pixel_accuracy"] == (prediction == flat).mean()  # to the last bit, in float64
     counts = metrics.confusion(logits.argmax(1), target, 3)
     assert counts.tolist() == confusion_matrix(flat, prediction).tolist()
     assert found["classes_counted"] == 3 and found["images"] == 4

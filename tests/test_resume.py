@@ -15,7 +15,7 @@ import torch
 from conftest import one_error, result, run_seg
 
 import models
-from lab import engine
+from lab import engine, files
 
 REPO = Path(__file__).parents[1]
 
@@ -92,6 +92,43 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     said = capsys.readouterr().err
     assert "seed0.pt" in said and "using " in said and "goes on after epoch 1/3" in said
     assert result(broken) == result(whole)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(
+        tiny_root, tmp_path, monkeypatch):
+    """A kill between the two renames of the next save would else leave the damaged one alone."""
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 6)
+        assert run_seg(tiny_root, tmp_path, "--epochs", "3") == 143
+    damage(tmp_path / "seed0.pt", "truncated")
+    real = os.replace
+
+    def killed(source, target):
+        if str(target).endswith("seed0.pt"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_seg(tiny_root, tmp_path, "--epochs", "3")
+    assert files.read_checkpoint(tmp_path / "seed0.prev.pt")["epoch"] == 1
+
+
+def test_a_run_that_goes_on_elsewhere_says_where_it_was(
+        tiny_root, tmp_path, monkeypatch, capsys):
+    """Here on a CPU of which torch says that it has no bfloat16."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 3)
+        assert run_seg(tiny_root, tmp_path) == 143
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert run_seg(tiny_root, tmp_path) == 0
+    said = capsys.readouterr().err
+    assert "NOTE: it was bfloat16 until here, and is float32 from here on" in said
+    record = json.loads((tmp_path / "seed0.json").read_text())
+    assert record["environment"]["precision"] == "float32"
+    assert [one["precision"] for one in record["earlier_environments"]] == ["bfloat16"]
 
 
 def test_a_damaged_checkpoint_without_one_before_is_refused(

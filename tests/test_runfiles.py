@@ -1,6 +1,7 @@
 """A run's files: what does not match is refused in one line; so is where they cannot be written."""
 
 import errno
+import fcntl
 import os
 import resource
 import zipfile
@@ -51,6 +52,24 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_root, tmp_path, capsys,
     assert run_seg(tiny_root, tmp_path) == 2
     assert "seed0.pt is no checkpoint of this project, or damaged" in one_error(capsys)
     assert not Path("pwned").exists()
+
+
+def test_the_file_to_delete_is_the_one_that_was_read(tiny_root, tmp_path, capsys):
+    run_seg(tiny_root, tmp_path)
+    (tmp_path / "seed0.json").unlink()
+    (tmp_path / "seed0.pt").rename(tmp_path / "seed0.prev.pt")
+    assert run_seg(tiny_root, tmp_path, "--dropout", "0") == 2
+    assert f"or delete {tmp_path / 'seed0.prev.pt'}" in one_error(capsys)
+
+
+def test_what_cannot_be_read_is_not_called_damaged(tiny_root, tmp_path, capsys):
+    """Else the advice would be to delete it, and a run would go back to the epoch before."""
+    run_seg(tiny_root, tmp_path)
+    (tmp_path / "seed0.json").unlink()
+    (tmp_path / "seed0.pt").rename(tmp_path / "seed0.prev.pt")
+    (tmp_path / "seed0.pt").mkdir()
+    assert run_seg(tiny_root, tmp_path) == 2
+    assert one_error(capsys).endswith("seed0.pt: Is a directory")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": 3}'])
@@ -117,6 +136,27 @@ def test_a_read_only_folder_is_said_before_training_starts(
     out = locked / "out" if os.geteuid() else Path("/sys/out")  # root may write anywhere but there
     assert run_seg(tiny_root, out) == 2
     assert one_error(capsys).startswith(f"error: {out}: ")
+
+
+def test_a_complete_run_is_read_where_nothing_can_be_written(
+        tiny_root, tmp_path, capsys, monkeypatch):
+    assert run_seg(tiny_root, tmp_path) == 0
+
+    def refuse(*args, **more):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert run_seg(tiny_root, tmp_path) == 0
+
+
+def test_a_file_system_without_locks_is_named(tiny_root, tmp_path, capsys, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert run_seg(tiny_root, tmp_path) == 2
+    assert ".seed0.lock cannot be locked (Function not implemented)" in one_error(capsys)
 
 
 def test_links_in_the_run_folder_are_not_followed(tiny_root, tmp_path, capsys):

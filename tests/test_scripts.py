@@ -82,6 +82,8 @@ def test_the_default_place_names_what_was_changed(tmp_path, monkeypatch):
     assert parse("--width", "32", "--seed", "3", "--device", "cpu") == "runs/train_seg/report/base"
     assert parse("--protocol", "small", "--width", "64", "--no-inter-skip") == \
         "runs/train_seg/small/width=64,inter_skip=False"
+    assert parse("--no-inter-skip", "--protocol", "small", "--width", "64") == \
+        "runs/train_seg/small/width=64,inter_skip=False"  # the same run, whatever comes first
     assert parse("--out", "here") == "here"
 
 

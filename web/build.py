@@ -84,8 +84,9 @@ def table(folder: Path, protocol: str, name: str) -> tuple[dict, dict]:
             other = None if row == base else base
             ours = study.estimate(rows, row, other, split, key)
             value = reported.get(column)
-            own = {str(seed): 100 * record["metrics"][split][key]
+            own = {str(seed): 100 * records.value_of(record, split, key)
                    for seed, record in sorted(runs.items())}
+            own = {seed: value for seed, value in own.items() if value == value}  # no NaN
             columns[column] = {"values": ours.values, "own": own,
                                "mean": ours.mean, "half": ours.half, "report": value,
                                "holds": None if value is None else ours.holds(value)}
