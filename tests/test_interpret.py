@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -88,6 +87,7 @@ def test_rows_are_the_best_the_median_and_the_worst(tiny_root):
 
 def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, capsys):
     record = json.loads(trained.with_suffix(".json").read_text())
+    arrays = dict(np.load(trained.with_suffix(".npz")))
     for row in ("standard", "unet", "my-own"):
         for seed in (0, 1):
             record["config"]["seed"] = seed
@@ -95,7 +95,7 @@ def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, caps
             path = tmp_path / f"results/smoke/table2/{row}/seed{seed}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record))
-            shutil.copy(trained.with_suffix(".npz"), path.with_suffix(".npz"))
+            np.savez(path.with_suffix(".npz"), **arrays, of=[seed, len(row)])  # no two alike
     draw_study(tmp_path / "results")
     assert {path.name for path in (tmp_path / "results/smoke").glob("*.png")} == {
         "table2.png", "table2-curves.png", "imbalance.png"}
@@ -273,7 +273,7 @@ def test_the_architecture_is_read_off_the_modules():
 def test_differences_show_ours_and_the_reports(tmp_path):
     def record(value):
         np.savez(tmp_path / f"{value}.npz", accuracy=np.full(9, value))
-        return {"metrics": {"test": {"accuracy": value}}, "curve": {"loss": [1.0]},
+        return {"config": {}, "metrics": {"test": {"accuracy": value}}, "curve": {"loss": [1.0]},
                 "path": str(tmp_path / f"{value}.json")}
     rows = {"maxpool-2-32": {0: record(0.9), 1: record(0.9)},
             "stride-2-32": {0: record(0.88), 1: record(0.89)}, "my-own": {0: record(0.95)}}
