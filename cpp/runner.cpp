@@ -80,6 +80,14 @@ std::vector<fs::path> targets_of(const std::vector<std::string>& images, const s
     return targets;
 }
 
+int number(const std::string& text) {  // 0 where it is none, which no description has
+    try {
+        return std::stoi(text);
+    } catch (const std::exception&) {
+        return 0;
+    }
+}
+
 // ---- the model: a function of uint8 images (N, C, H, W), and what export.py says of it ----
 
 std::pair<std::function<Tensor(const Tensor&)>, Metadata> load(const std::string& path) {
@@ -138,11 +146,11 @@ int run(int argc, char** argv) {
     auto [model, about] = load(argv[1]);
     const auto classes = split(about["classes"]), palette = split(about["palette"]);
     if (classes.empty()) throw Error(std::string(argv[1]) + " is no model that export.py made");
-    const int channels = split(about["mean"]).size(), stride = std::stoi(about["stride"]);
+    const int channels = split(about["mean"]).size(), stride = number(about["stride"]);
     if (about["size"].empty())
         throw Error(std::string(argv[1]) +
                     " does not say the size it was trained at: export it anew");
-    const int size = std::stoi(about["size"]);
+    const int size = number(about["size"]);
     if ((channels != 1 && channels != 3) || stride < 1 || stride > 64 || size < 1 ||
         size > 1 << 13 || size % stride || (!palette.empty() && palette.size() != classes.size()))
         throw Error(std::string(argv[1]) + " has a damaged description");

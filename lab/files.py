@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 IMAGE_LIMIT = 1 << 26  # pixels of an image
 # Pillow knows more, and starts programs for some
@@ -101,6 +101,8 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
             image = read_pnm(image, content) if kind == "PPM" else upright(image)
     except Exception as error:  # Pillow raises many kinds for a damaged file
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # its words name the memory that it lay in
+            reason = "of no known kind"
         raise BadInput(f"{path} cannot be read as an image ({reason}); replace it") from error
     if image.mode not in MODES or not known:
         raise BadInput(f"{path} is a {kind} of mode {image.mode}; save it in RGB or grey, "

@@ -327,6 +327,7 @@ def test_cpp_refusals(seg, runner, tmp_path, photos):
     odd = torch.jit.script(torch.nn.Identity())  # its two values of mean would overrun the pixels
     about = {"classes": "a,b", "palette": "", "stride": "16", "size": "32", "mean": "0,0"}
     odd.save(tmp_path / "odd.ts.pt", _extra_files=about)
+    odd.save(tmp_path / "odder.ts.pt", _extra_files={**about, "stride": "many"})
     del about["size"]
     odd.save(tmp_path / "early.ts.pt", _extra_files=about)
     unread = "cannot be read as an image"
@@ -334,6 +335,7 @@ def test_cpp_refusals(seg, runner, tmp_path, photos):
             ((), "usage: runner MODEL"),
             ((model, "text.png"), "text.png: is no PNG, JPEG, PGM or PPM"),
             (("odd.ts.pt", photos[0]), "has a damaged description"),
+            (("odder.ts.pt", photos[0]), "has a damaged description"),
             (("early.ts.pt", photos[0]), "does not say the size it was trained at: export it anew"),
             ((model, "cut.jpg"), f"cut.jpg: {unread} (Premature end of JPEG file)"),
             ((model, "flipped.png"), f"flipped.png: {unread} ("),
