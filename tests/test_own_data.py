@@ -112,7 +112,8 @@ def test_the_table_has_no_report(example):
 
 def test_every_folder_has_results_of_its_own(tmp_path):
     """Also one whose name is no name for a file or a flag: what is left out, a hash tells apart."""
-    names = ("shapes", "v1.2_b", "写真", "街道", "my photos", "my-photos", "-dash", ".hidden", "a\nb")
+    names = ("shapes", "v1.2_b", "写真", "街道", "my photos", "my-photos", "-dash", ".hidden",
+             "a\nb")
     found = {}
     for name in names:
         (tmp_path / name / "train").mkdir(parents=True)
