@@ -134,7 +134,7 @@ def load(folder: Path, protocol: str, order: Iterable[str] = (),
                                f"all rows of a table share it")
             if record["data"] != first_of_all["data"]:
                 raise BadInput(f"{path} was made on other data than {first_of_all['path']}")
-            if differing(record, first).keys() - {"seed"}:
+            if switches(record, first):
                 raise BadInput(f"{path} has another configuration than {first['path']}, a seed of "
                                f"the same row")
     tell_apart(each_of(rows))

@@ -9,7 +9,6 @@ image), for segmentation of all.
 import csv
 import hashlib
 import io
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,10 +33,10 @@ class Item:
 def with_groups(folder: Path, items: list[Item]) -> list[Item]:
     """The items with the groups that groups.csv gives them. BadInput where it lacks an image."""
     path = folder / "groups.csv"
-    if not os.path.lexists(path):  # a link that leads nowhere is a mistake, not a choice
-        return items
     try:
         rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig")), strict=True))
+    except FileNotFoundError:  # a link that leads nowhere was refused before, by check_entries
+        return items
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path} is no table in UTF-8 ({error}); a line is image,group") from error
     rows = [[cell.strip() for cell in row] for row in rows]
