@@ -140,12 +140,13 @@ class Surrogate:
         return logits.argmax(1)
 
 
-def measure_attention(surrogate: Surrogate) -> tuple[dict, dict[str, Tensor]]:
-    """Accuracy and attention on untied and tied grids, per grid.
+def measure_attention(surrogate: Surrogate) -> dict[str, Tensor]:
+    """Per grid, untied and tied: is it predicted right, and where the attention lies.
 
-    And how many of other classes are taken for the tied one, with and without the tied digit.
+    And of the untied grids of other classes than the tied one: is it taken for the tied one, with
+    and without the tied digit.
     """
-    arrays, scores = {}, {}
+    arrays = {}
     targets = surrogate.dataset.test.targets
     for suffix, tie in (("", 0.0), ("_tied", 1.0)):
         grids = surrogate.grids(tie=tie)
@@ -158,11 +159,10 @@ def measure_attention(surrogate: Surrogate) -> tuple[dict, dict[str, Tensor]]:
         if tie == 0:
             arrays |= {"prediction": prediction.byte(), "target": targets}
             with_three = (grids.digits == data.TIED_DIGIT).any(1)
-            other = targets != data.TIED_CLASS
-            false = (prediction == data.TIED_CLASS).double()
-            scores["trouser_with_three"] = false[other & with_three].mean().item()
-            scores["trouser_without_three"] = false[other & ~with_three].mean().item()
-    return scores, arrays
+            other, taken = targets != data.TIED_CLASS, prediction == data.TIED_CLASS
+            arrays["trouser_with_three"] = taken[other & with_three]
+            arrays["trouser_without_three"] = taken[other & ~with_three]
+    return arrays
 
 
 def measure_places(surrogate: Surrogate) -> dict[str, Tensor]:
@@ -198,13 +198,13 @@ def sweep_shifts(surrogate: Surrogate, count: int) -> dict[str, Tensor]:
 
 def measure_surrogate(surrogate: Surrogate, config: dict, sweep_images: int) -> tuple[dict, dict]:
     """What the record of a surrogate says, and its arrays: see the functions above."""
-    scores, arrays = measure_attention(surrogate)
+    arrays = measure_attention(surrogate)
     if config["tie"] == 0:  # places have nothing to do with the tie
         arrays |= measure_places(surrogate)
         if config["frozen"]:  # the surrogate that the report says this of; the sweep takes long
             arrays |= sweep_shifts(surrogate, sweep_images)
-    scores |= {name: values.double().mean().item() for name, values in arrays.items()
-               if name not in ("prediction", "target") and not name.startswith("sweep_")}
+    scores = {name: values.double().mean().item() for name, values in arrays.items()
+              if name not in ("prediction", "target") and not name.startswith("sweep_")}
     half = lambda array: array.float() if array.dtype == torch.float64 else array
     return scores, {name: half(values).cpu().numpy() for name, values in arrays.items()}
 

@@ -228,10 +228,9 @@ def render_attention(rows: dict, equivariance: dict) -> str:
         cells = [own(seeds, key) for key in columns.values()]
         lines.append(f"| `{row}` | " + " | ".join(cells) + f" | {len(seeds)} |")
     lines.append("\nPercent, mean over seeds. ± is the 95 % interval, over seeds and over the "
-                 "test grids; of others called Trouser, of coinciding errors and of equivariance, "
-                 "where runs keep no value of each grid, it is over seeds alone, and missing where "
-                 "all seeds found the same. Chance is 25 for the CAM's mass and the pointing "
-                 "game.\n")
+                 "test grids; where runs keep no value of each grid, as of coinciding errors and "
+                 "of equivariance, it is over seeds alone, and missing where all seeds found the "
+                 "same. Chance is 25 for the CAM's mass and the pointing game.\n")
     found = surrogates(rows)
     for kind in ("frozen", "scratch"):
         if untied := found.get((kind, 0)):

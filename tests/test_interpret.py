@@ -159,6 +159,13 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
     assert trained["features_sha256"] and trained["weights_sha256"] != base["weights_sha256"]
     assert arrays["sweep_accuracy"].shape == (29, 29) and arrays["sweep_consistency"][0, 0] == 1
     assert scores["accuracy"] == (arrays["prediction"] == arrays["target"]).mean()
+    # every grid of another class either has the tied digit or has not
+    other = arrays["target"] != data.TIED_CLASS
+    with_three, without = arrays["trouser_with_three"], arrays["trouser_without_three"]
+    taken = (arrays["prediction"] == data.TIED_CLASS) & other
+    assert len(with_three) + len(without) == other.sum() and len(with_three) and len(without)
+    assert with_three.sum() + without.sum() == taken.sum()
+    assert scores["trouser_with_three"] == with_three.mean()
     # a shift by a whole side is the garment in the other cell, with the same digits in other cells
     assert len(arrays["cell1_minus_cell0"]) == 40 and len(arrays["shifted_minus_whole"]) == 2
     gap = scores["accuracy_cell1"] - scores["accuracy_cell0"]
