@@ -351,21 +351,24 @@ def main(argv: list[str] | None = None) -> None:
     if not folder.is_dir():
         raise BadInput(f"{folder} is no folder, so there are no records: see --results, --protocol "
                        f"and --name")
-    read = lambda name: load_records(folder / name, args.protocol)
     if args.what == "figures":
         return draw(folder, args.protocol)
+    of = {"claims": (*REPORT, "attention"), "attention": ("attention", "equivariance")}
+    rows_of = {name: load_records(folder / name, args.protocol)
+               for name in of.get(args.what, (args.what,))}
+    made_of = [record for rows in rows_of.values() for record in records.each_of(rows)]
+    if not made_of:
+        raise BadInput(f"{folder} has no record in {' or '.join(rows_of)}, so there is nothing to "
+                       f"show: `make help` says what runs them")
     if args.what == "claims":
-        rows_of = {table: read(table) for table in (*REPORT, "attention")}
         text = render_claims(judge(rows_of))
-        made_of = [record for rows in rows_of.values() for record in records.each_of(rows)]
         if note := records.caveat(made_of):
             text += f"\n{note}\n"
     elif args.what == "attention":
-        text = render_attention(read("attention"), read("equivariance"))
+        text = render_attention(*rows_of.values())
     else:
-        rows = read(args.what)
-        most = max((len(runs) for runs in rows.values()), default=0)
-        text = render(rows, args.what, args.seeds or most)
+        rows = rows_of[args.what]
+        text = render(rows, args.what, args.seeds or max(map(len, rows.values())))
     write_atomic(folder / f"{args.what}.md", text.encode())
 
 

@@ -77,6 +77,14 @@ def test_a_setting_that_older_records_lack_refuses_no_table(tmp_path):
     assert table(tmp_path)["stride-2-32"][0] == "+0.00"
 
 
+@pytest.mark.parametrize("what", ["table1", "table2", "attention", "claims"])
+def test_a_study_without_a_record_shows_nothing(tmp_path, what):
+    (tmp_path / "small/table1/maxpool-2-32").mkdir(parents=True)
+    with pytest.raises(ValueError, match="small has no record in .*make help"):
+        study.main([what, "--protocol", "small", "--results", str(tmp_path)])
+    assert not [*tmp_path.glob("small/*.md")]
+
+
 def test_an_unknown_protocol_is_refused(tmp_path, capsys):
     assert cli.guard(lambda: study.main(["table1", "--protocol", "typo"])) == 2
     assert "invalid choice: 'typo'" in capsys.readouterr().err
