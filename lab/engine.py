@@ -235,8 +235,9 @@ class Run:
             "train_seconds": round(self.seconds, 2),
             "curve": {"loss": self.curve}, "metrics": metrics, **more,
             "weights_sha256": weights_digest(self.model)})
-        self.save(record=self.record)
-        records.write(self.files.record, self.record, arrays)
+        with handling(STOPPING, self.stop):
+            self.save(record=self.record)
+            records.write(self.files.record, self.record, arrays)
         self.files.release()
         if self.cfg.dry_run:
             self.scratch.cleanup()

@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import one_error, result, run_seg
 
+import metrics
 import models
-from lab import engine, files
+from lab import engine, files, records
 
 REPO = Path(__file__).parents[1]
 
@@ -175,6 +176,18 @@ def test_a_run_killed_between_model_and_record_only_evaluates(tiny_root, tmp_pat
     expected = result(tmp_path)
     (tmp_path / "seed0.json").unlink()
     assert run_seg(tiny_root, tmp_path) == 0 and result(tmp_path) == expected
+
+
+@pytest.mark.parametrize("module, name", [(metrics, "segmentation"), (records, "write")])
+def test_a_stop_after_training_says_that_the_same_command_goes_on(
+        tiny_root, tmp_path, monkeypatch, capsys, module, name):
+    assert run_seg(tiny_root, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_seg(tiny_root, tmp_path / "stopped") == 143
+    assert "the same command goes on from the last checkpoint" in one_error(capsys)
+    assert run_seg(tiny_root, tmp_path / "stopped") == 0
+    assert result(tmp_path / "stopped") == result(tmp_path / "whole")
 
 
 def test_a_clock_that_jumps_changes_nothing(tiny_root, tmp_path, monkeypatch):
