@@ -48,6 +48,8 @@ table2/hourglass-4-32           := --hourglasses 4
 table2/hourglass-2-16           := --width 16
 table2/hourglass-2-64           := --width 64
 table2/no-dropout               := --dropout 0
+table2/stride                   := --down stride
+table2/stride-no-act            := --down stride --act none
 
 script/table1 := train_cls.py
 script/table2 := train_seg.py

@@ -124,6 +124,10 @@ class BlurPool(nn.Module):
         return F.avg_pool2d(F.avg_pool2d(x, 2, 1), 2)
 
 
+# What halves an image before a block; with "stride" nothing does, and the block has stride 2.
+POOLS = {"maxpool": lambda: nn.MaxPool2d(2), "blurpool": BlurPool, "stride": nn.Identity}
+
+
 class VGGResNet(nn.Module):
     """VGG-ResNet(depth, width, down) of the report's Table 1.
 
@@ -146,13 +150,10 @@ class VGGResNet(nn.Module):
         for stage in range(3):
             cout = width * 2**stage
             kind = TransformerBlock if block == "transformer" and stage == 2 else ResidualBlock
-            halve = down if stage > 0 else "none"
-            if halve == "maxpool":
-                layers.append(nn.MaxPool2d(2))
-            elif halve == "blurpool":
-                layers.append(BlurPool())
+            if stage > 0 and down != "stride":
+                layers.append(POOLS[down]())
             for i in range(depth):
-                stride = 2 if halve == "stride" and i == 0 else 1
+                stride = 2 if down == "stride" and stage > 0 and i == 0 else 1
                 layers.append(kind(channels, cout, stride, skip, norm, act))
                 channels = cout
         self.stages = nn.Sequential(*layers)
@@ -194,26 +195,29 @@ class VGGResNet(nn.Module):
 class Level(nn.Module):
     """One level of an hourglass around the levels below it (Newell et al. 2016, section 3.1).
 
-    Block, 2x2 max-pool, the levels below (or the bottleneck block and its dropout), x2 nearest
-    upsampling, the sum with this level's own output (`inter_skip`), block. (N, cin, H, W) -> same.
+    Block, a halving, the levels below (or the bottleneck block and its dropout), x2 nearest
+    upsampling, the sum with this level's own output (`inter_skip`), block. The halving is a pool,
+    or, where `down` is "stride", the stride of the first block below.
+    (N, cin, H, W) -> (N, cin, H/stride, W/stride).
     """
 
-    def __init__(self, cin: int, widths: list[int], inter_skip: bool, dropout: float,
-                 skip: bool, norm: bool, act: str):
+    def __init__(self, cin: int, widths: list[int], down: str, inter_skip: bool, dropout: float,
+                 skip: bool, norm: bool, act: str, stride: int = 1):
         super().__init__()
-        width = widths[0]
-        self.down = ResidualBlock(cin, width, 1, skip, norm, act)
+        width, below = widths[0], 2 if down == "stride" else 1
+        self.down = ResidualBlock(cin, width, stride, skip, norm, act)
+        self.pool = POOLS[down]()
         if len(widths) > 1:
-            self.inner = Level(width, widths[1:], inter_skip, dropout, skip, norm, act)
+            self.inner = Level(width, widths[1:], down, inter_skip, dropout, skip, norm, act, below)
         else:
-            self.inner = nn.Sequential(ResidualBlock(width, width, 1, skip, norm, act),
+            self.inner = nn.Sequential(ResidualBlock(width, width, below, skip, norm, act),
                                        nn.Dropout(dropout))
         self.up = ResidualBlock(width, cin, 1, skip, norm, act)
         self.inter_skip = inter_skip
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
-        y = F.interpolate(self.inner(F.max_pool2d(x, 2)), scale_factor=2.0, mode="nearest")
+        y = F.interpolate(self.inner(self.pool(x)), scale_factor=2.0, mode="nearest")
         return self.up(y + x if self.inter_skip else y)
 
 
@@ -221,8 +225,9 @@ class HourGlass(nn.Module):
     """HourGlass(hourglasses, width) of the report's Table 2.
 
     A stem, so many hourglasses in a row, a 1x1 head. Each hourglass has four levels of widths b,
-    2b, 4b, 8b. `intra_skip` is the residual add inside every block, `inter_skip` the sum of an
-    encoder level into the decoder level of its size.
+    2b, 4b, 8b. `down` is how a level halves the image, as in VGGResNet, `intra_skip` the residual
+    add inside every block, `inter_skip` the sum of an encoder level into the decoder level of its
+    size. With "stride" and without activations the whole network is linear.
 
     Input (N, channels, H, W) with H and W multiples of 16, else ValueError; logits
     (N, classes, H, W).
@@ -230,14 +235,14 @@ class HourGlass(nn.Module):
 
     stride = 16
 
-    def __init__(self, hourglasses: int = 2, width: int = 32, intra_skip: bool = True,
-                 inter_skip: bool = True, norm: bool = True, act: str = "relu",
-                 dropout: float = 0.2, channels: int = 3, classes: int = 5):
+    def __init__(self, hourglasses: int = 2, width: int = 32, down: str = "maxpool",
+                 intra_skip: bool = True, inter_skip: bool = True, norm: bool = True,
+                 act: str = "relu", dropout: float = 0.2, channels: int = 3, classes: int = 5):
         super().__init__()
         widths = [width * 2**level for level in range(4)]
         self.stem = ResidualBlock(channels, width, 1, intra_skip, norm, act)
         self.hourglasses = nn.Sequential(
-            *[Level(width, widths, inter_skip, dropout, intra_skip, norm, act)
+            *[Level(width, widths, down, inter_skip, dropout, intra_skip, norm, act)
               for _ in range(hourglasses)])
         self.head = nn.Conv2d(width, classes, 1)
 

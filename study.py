@@ -67,6 +67,8 @@ REPORT = {
         "hourglass-2-16": ("HourGlass(2*16)", dict(map=-2.50, wgap=-5.80, train=-3.27)),
         "hourglass-2-64": ("HourGlass(2*64)", dict(map=1.00, wgap=1.00, train=4.30)),
         "no-dropout": ("Standard - dropout", {}),
+        "stride": ("Standard, strides instead of max-pooling", {}),
+        "stride-no-act": ("Standard, strides, - activation: linear", {}),
     },
 }
 # The report's conclusions. Each is one or more differences (table, row, other row, metric, low,

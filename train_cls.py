@@ -37,7 +37,7 @@ class Config(Settings):
     arch: typing.Literal[tuple(models.CLASSIFIERS)] = flag("vgg-resnet", "network")
     depth: int = flag(2, "residual blocks in each of the three stages")
     width: int = flag(32, "channels of the first stage; the next ones have 2x and 4x")
-    down: typing.Literal["maxpool", "stride", "blurpool"] = flag(
+    down: typing.Literal[tuple(models.POOLS)] = flag(
         "maxpool", "how the second and third stage halve the image")
     skip: bool = flag(True, "residual add inside each block")
     norm: bool = flag(True, "BatchNorm after each convolution")

@@ -33,6 +33,8 @@ class Config(Settings):
         "hourglass", "network; unet takes --width alone")
     hourglasses: int = flag(2, "hourglasses in a row")
     width: int = flag(32, "channels at full resolution; they double at each halving")
+    down: typing.Literal[tuple(models.POOLS)] = flag(
+        "maxpool", "how an encoder level halves the image")
     intra_skip: bool = flag(True, "residual add inside each block")
     inter_skip: bool = flag(True, "sum of each encoder level into the decoder level of its size")
     norm: bool = flag(True, "BatchNorm after each convolution")
