@@ -27,10 +27,11 @@ from lab.records import cell, number, paired
 COLUMNS = {"table1": {"test": ("test accuracy", "test", "accuracy"),
                       "train": ("train accuracy", "train", "accuracy")},
            "table2": {"map": ("test MAP", "test", "map"), "wgap": ("WGAP", "test", "wgap"),
+                      "miou": ("test mIoU", "test", "miou"),
                       "train": ("train MAP", "train", "map")}}
 # The report's tables, in percent, in its order: a row's name, then its value in each column. The
-# first row is absolute, the others are differences from it. Rows that the report lacks have no
-# value.
+# first row is absolute, the others are differences from it. Rows and columns that the report lacks
+# have no value.
 REPORT = {
     "table1": {
         "maxpool-2-32": ("VGG-ResNet(2,32,maxpool)", dict(test=92.41, train=99.04)),
@@ -280,10 +281,12 @@ def draw_table(rows: dict, table: str) -> dict[str, "figures.Figure"]:  # noqa: 
     from lab import figures  # here and below: records, tables and claims need no matplotlib
     base, others = base_of(table), [row for row in rows if row != base_of(table)]
     report = {} if is_own(rows) else REPORT[table]
+    asked = {key for _, effects in CLAIMS.values() for *_, key, _, _ in effects}
     differences = {name: {row: (estimate(rows, row, base, "test", key),
                                 report.get(row, ("", {}))[1].get(column))
                           for row in others}
-                   for column, (name, split, key) in COLUMNS[table].items() if split == "test"}
+                   for column, (name, split, key) in COLUMNS[table].items()
+                   if split == "test" and key in asked}
     found = {f"{table}.png": figures.draw_differences(differences, rows),
              f"{table}-curves.png": figures.draw_curves(rows, base, "loss")}
     first = records.each_of(rows)[0]

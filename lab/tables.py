@@ -38,9 +38,11 @@ def render(rows: dict[str, dict[int, dict]], layout: Layout, seeds: int, own: bo
            estimate: Estimator) -> str:
     """The table: differences from the base row, paired by seed, and, unless `own`, the report's."""
     columns = layout.columns
-    heads = " | ".join(name + " | report" * (not own) for name, _, _ in columns.values())
+    compared = set() if own else {name for _, values in layout.named.values() for name in values}
+    heads = " | ".join(name + " | report" * (column in compared)
+                       for column, (name, _, _) in columns.items())
     lines = [f"| row | {heads} | seeds | parameters | multiply-adds | training |",
-             "|---|" + "--:|" * ((2 - own) * len(columns) + 4)]
+             "|---|" + "--:|" * (len(columns) + len(compared) + 4)]
     held, seeds_alone = {name: [] for name, _, _ in columns.values()}, set()
     for row in [*layout.named, *(row for row in rows if row not in layout.named)]:
         label, reported = layout.named.get(row, (plain(row), {}))
@@ -48,7 +50,7 @@ def render(rows: dict[str, dict[int, dict]], layout: Layout, seeds: int, own: bo
         cells, count = [], 0
         for column, (name, split, key) in columns.items():
             ours = estimate(rows, row, base, split, key)
-            value = None if own else reported.get(column)
+            value = reported.get(column) if column in compared else None
             cells.append(number(ours.mean, ours.half, bool(base)) if ours.values else
                          missing(rows, row, base))
             if split == "test":
@@ -59,7 +61,7 @@ def render(rows: dict[str, dict[int, dict]], layout: Layout, seeds: int, own: bo
             if holds is not None:
                 held[name].append(holds)
             mark = {True: " ✓", False: " ✗", None: ""}[holds]
-            if not own:
+            if column in compared:
                 cells.append("" if value is None else number(value, math.nan, bool(base)) + mark)
         count = count or (len(rows.get(row, {})) if base not in rows else 0)
         cells.append(f"{count}" + (f" of {seeds}" if count < seeds else ""))

@@ -185,10 +185,10 @@ def check_numbers(plan: Plan) -> Found:
         table, name = row.split("/")
         record = json.loads((plan.results / row / f"seed{plan.seeds[0]}.json").read_text())
         for column, (title, split, key) in study.COLUMNS[table].items():
-            theirs = study.REPORT[table][name][1][column]
+            theirs = study.REPORT[table][name][1].get(column)
             ours = 100 * record["metrics"][split][key]
             found[f"{row} {title}"] = ours
-            said.append(f"{title} {ours:.1f} (report {theirs:.1f})")
+            said.append(f"{title} {ours:.1f}" + (f" (report {theirs:.1f})" if theirs else ""))
         said.append(f"in {record['train_seconds']:.0f} s of training")
     return ", ".join(said), found
 

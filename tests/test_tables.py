@@ -48,6 +48,20 @@ def test_a_row_of_ones_own_comes_last(tmp_path):
     assert list(rows)[-1] == "a-mine" and rows["a-mine"][:2] == ["+0.00", ""]
 
 
+def test_a_column_that_the_report_lacks_stands_alone(tmp_path):
+    for row, miou in (("standard", 0.5), ("unet", 0.45)):
+        runs(tmp_path, "table2", row, [dict(map=0.2 + value, wgap=value, miou=value)
+                                       for value in wobble(miou)])
+    rows = study.load_records(tmp_path / "small/table2", "small")
+    for one in study.records.each_of(rows):
+        one |= dict(parameters=1, multiply_adds=1, train_seconds=1, environment={"device": "x"})
+    head, rule, base, unet, *_ = study.render(rows, "table2", 6).splitlines()
+    assert "| test MAP | report | WGAP | report | test mIoU | train MAP | report |" in head
+    assert len({line.count("|") for line in (head, rule, base, unet)}) == 1
+    assert unet.split(" | ")[5:7] == ["-5.00 ± 0.00", "not measured"]
+    assert "Of test mIoU ± is over seeds alone." in study.render(rows, "table2", 6)
+
+
 def test_a_name_cannot_break_out_of_the_table(tmp_path):
     write_record(tmp_path, "maxpool-2-32", 0, 0.9)
     write_record(tmp_path, "x| <img src=y>\n`<b>", 0, 0.9)

@@ -76,13 +76,15 @@ def table(folder: Path, protocol: str, name: str) -> tuple[dict, dict]:
     """One table of a protocol as the page shows it, and the rows of records that it is made of."""
     rows = study.load_records(folder / protocol / name, protocol)
     base = next(iter(study.REPORT[name]))
-    shown = []
+    shown, seeds_alone = [], set()
     for row in [*study.REPORT[name], *(row for row in rows if row not in study.REPORT[name])]:
         label, reported = study.REPORT[name].get(row, (row, {}))
         runs, columns = rows.get(row, {}), {}
-        for column, (_, split, key) in study.COLUMNS[name].items():
+        for column, (heading, split, key) in study.COLUMNS[name].items():
             other = None if row == base else base
             ours = study.estimate(rows, row, other, split, key)
+            if split == "test" and len(ours.error) == 1:
+                seeds_alone.add(heading)
             value = reported.get(column)
             own = {str(seed): 100 * records.value_of(record, split, key)
                    for seed, record in sorted(runs.items())}
@@ -99,7 +101,7 @@ def table(folder: Path, protocol: str, name: str) -> tuple[dict, dict]:
     made_of = records.each_of(rows)
     headings = {column: heading for column, (heading, _, _) in study.COLUMNS[name].items()}
     seeds = max((len(runs) for runs in rows.values()), default=0)
-    return {"columns": headings, "rows": shown, "seeds": seeds,
+    return {"columns": headings, "rows": shown, "seeds": seeds, "seeds_alone": sorted(seeds_alone),
             "records": len(made_of), "caveat": records.caveat(made_of)}, rows
 
 

@@ -44,10 +44,14 @@ function heading(name, key) {
 }
 
 function drawTable(protocol, name) {
-  const { columns, rows, seeds, records, caveat } = all[protocol][name];
+  const { columns, rows, seeds, seeds_alone, records, caveat } = all[protocol][name];
+  // the report has not every column
+  const compared = (column) => rows.some((row) => row.columns[column].report !== null);
   const heads = Object.entries(columns)
     .map(
-      ([column, text]) => heading(text, `${column}.mean`) + heading("report", `${column}.report`),
+      ([column, text]) =>
+        heading(text, `${column}.mean`) +
+        (compared(column) ? heading("report", `${column}.report`) : ""),
     )
     .join("");
   const body = inOrder(rows)
@@ -57,8 +61,8 @@ function drawTable(protocol, name) {
         Object.keys(columns)
           .map((column) => {
             const one = row.columns[column];
-            return `<td>${cell(one, !row.base)}</td>
-              <td>${signed(one.report, !row.base)}${mark(one.holds)}</td>`;
+            const report = `<td>${signed(one.report, !row.base)}${mark(one.holds)}</td>`;
+            return `<td>${cell(one, !row.base)}</td>${compared(column) ? report : ""}`;
           })
           .join("") +
         `<td>${row.seeds}</td>
@@ -86,7 +90,9 @@ function drawTable(protocol, name) {
   byId("table-note").textContent =
     `${records} runs, up to ${seeds} seed${seeds === 1 ? "" : "s"} a row. ` +
     "Percent; the first row is a value, the others are differences from it, paired by seed. " +
-    "± is the 95 % interval over seeds and test images; a row with one seed has none. ✓ the " +
+    "± is the 95 % interval over seeds and test images" +
+    `${seeds_alone.length ? ` (of ${seeds_alone.join(", ")} over seeds alone)` : ""}; a row with ` +
+    "one seed has none. ✓ the " +
     "report's number lies where one more such run " +
     `would, ✗ it does not. ${caveat}`;
 }
