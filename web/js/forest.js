@@ -48,7 +48,7 @@ export function forest(rows, axis, title, width) {
       <text x="${x(at)}" y="${bottom + 14}" text-anchor="middle">${number}</text>`);
   }
   parts.push(`<line class="zero" x1="${x(0)}" x2="${x(0)}" y1="${TOP}" y2="${bottom}"/>
-    <text x="${(LEFT + width) / 2}" y="${height - 4}" text-anchor="middle">${escaped(axis)}
+    <text x="${width / 2}" y="${height - 4}" text-anchor="middle">${escaped(axis)}
     </text>`);
   rows.forEach(({ row, label, mean, half, values, report }, i) => {
     const y = TOP + ROW * (i + 0.5);
