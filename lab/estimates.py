@@ -40,6 +40,11 @@ class Estimate:
         """Half of the 95 % interval; NaN where one seed, or one test image, tells of no other."""
         return float(half_width(self.error)) if self.error else math.nan
 
+    @property
+    def seeds_alone(self) -> bool:
+        """Does the interval leave the choice of images out?"""
+        return len(self.error) == 1
+
     def holds(self, value: float) -> bool | None:
         """Is the value in the 95 % prediction interval of one more run? None where none is."""
         width = float(half_width(self.one_more)) if self.one_more else math.nan

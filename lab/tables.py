@@ -55,7 +55,7 @@ def render(rows: dict[str, dict[int, dict]], layout: Layout, seeds: int, own: bo
                          missing(rows, row, base))
             if split == "test":
                 count = max(count, len(ours.values))
-                if len(ours.error) == 1:
+                if ours.seeds_alone:
                     seeds_alone.add(name)
             holds = None if value is None else ours.holds(value)
             if holds is not None:

@@ -83,7 +83,7 @@ def table(folder: Path, protocol: str, name: str) -> tuple[dict, dict]:
         for column, (heading, split, key) in study.COLUMNS[name].items():
             other = None if row == base else base
             ours = study.estimate(rows, row, other, split, key)
-            if split == "test" and len(ours.error) == 1:
+            if split == "test" and ours.seeds_alone:
                 seeds_alone.add(heading)
             value = reported.get(column)
             own = {str(seed): 100 * records.value_of(record, split, key)
