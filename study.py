@@ -366,7 +366,8 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"{folder} has no record in {' or '.join(rows_of)}, so there is nothing to "
                        f"show: `make help` says what runs them")
     if args.what == "claims":
-        text = render_claims(judge(rows_of))
+        found = judge(rows_of)
+        text = render_claims(found) + claims.render_needs(CLAIMS, found, rows_of, estimate)
         if note := records.caveat(made_of):
             text += f"\n{note}\n"
     elif args.what == "attention":

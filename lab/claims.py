@@ -1,24 +1,25 @@
 """Claims that differences between rows lie in a range, judged by records: docs/statistics.md."""
 
+import bisect
 import math
-from collections.abc import Callable
 
 import numpy as np
 
-from lab.estimates import Estimate
-from lab.statistics import LEVEL, claim, evidence, holm
+from lab.estimates import Estimate, Estimator
+from lab.records import training_seconds
+from lab.statistics import LEVEL, claim, detectable, evidence, holm
 
 # {name: (what it says, its effects: (table, row, other row or None, metric, low, high))}, in points
 # of the test split: row - other, or the row's own value, lies in [low, high]
 Claims = dict[str, tuple[str, list[tuple]]]
 FEW = 3  # effects of a claim that are all shown; of more, a table has the others
+MOST = 100  # seeds: a plan looks no further
 
 
-def judge(claims: Claims, tables: dict[str, dict],
-          estimate: Callable[[dict, str, str | None, str, str], Estimate]) -> dict[str, dict]:
+def judge(claims: Claims, tables: dict[str, dict], estimate: Estimator) -> dict[str, dict]:
     """The verdict on every claim: {claim: effects, p values, verdict}.
 
-    tables are {table: rows of records}; estimate(rows, row, other row, split, metric).
+    tables are {table: rows of records}.
 
     A claim is supported if all its effects lie inside their ranges, contradicted if one lies
     outside. Both are tested, see `statistics.claim`, and the p values are corrected across claims
@@ -86,3 +87,78 @@ def render(claims: Claims, found: dict[str, dict]) -> str:
     lines.append("\nA claim holds if each of its effects lies in its range. The first one is the "
                  "one that decides; p and verdict are the claim's.")
     return "\n".join(lines) + "\n"
+
+
+# ---- what undecided claims would take ----
+
+def needed(one: Estimate, low: float, high: float, inside: bool, rows: int, claims: int,
+           compared: int) -> tuple[float, float] | None:
+    """Seeds that show such an effect to lie inside its range, or outside: `statistics.detectable`.
+
+    And how many times the test images, where no number of seeds would do: (infinity, times). Seeds
+    are MOST + 1 where it takes more. None where the runs tell no error.
+    """
+    if math.isnan(one.half):
+        return None
+    distance = min(one.mean - low, high - one.mean) * (1 if inside else -1)
+    variances = [float(part.variance) for part in one.error]
+    spread = math.sqrt(variances[0] * len(one.values) / compared)
+    images = {} if one.seeds_alone else {"test_set": math.sqrt(variances[1]),
+                                         "units": one.error[1].dof + 1}
+    effect = lambda seeds, spread: detectable(seeds, rows, claims, spread, compared=compared,
+                                              **images)
+    if distance < (at_best := effect(2, 0)):
+        return math.inf, (at_best / distance)**2 if distance > 0 else math.inf
+    return bisect.bisect_left(range(MOST + 1), True, 2,
+                              key=lambda seeds: distance >= effect(seeds, spread)), 1
+
+
+def needs(effects: list[tuple], inside: bool, claims: int, tables: dict[str, dict],
+          estimate: Estimator) -> tuple[tuple[float, float] | None, dict[str, dict]]:
+    """What would show one of so many claims, see `needed`, and the rows {row: runs} that it is of.
+
+    To be supported, every effect must lie inside its range: the hardest counts, and all rows. To be
+    contradicted, one must lie outside: the easiest counts, and the rows that it compares.
+    """
+    found = []
+    for table, row, other, key, low, high in effects:
+        rows, compared = tables.get(table, {}), [name for name in (row, other) if name]
+        take = needed(estimate(rows, row, other, "test", key), low, high, inside, len(rows),
+                      claims * (1 if inside else len(effects)), len(compared))
+        found.append((take, {name: rows.get(name, {}) for name in compared}))
+    told = sorted((one for one in found if one[0]), key=lambda one: one[0])
+    if not told or inside and len(told) < len(found):
+        return None, {}
+    if not inside:
+        return told[0]
+    return told[-1][0], {name: runs for _, compared in found for name, runs in compared.items()}
+
+
+def render_needs(claims: Claims, found: dict[str, dict], tables: dict[str, dict],
+                 estimate: Estimator) -> str:
+    """What each undecided claim would take, as Markdown; nothing where no records tell."""
+    lines = []
+    for name, one in found.items():
+        take, rows = needs(claims[name][1], one["leans"] == "supported", len(found), tables,
+                           estimate) if one["verdict"] == "undecided" else (None, {})
+        if take is None:
+            continue
+        seeds, times = take
+        hours = sum(max(seeds - len(runs), 0) * training_seconds(runs)
+                    for runs in rows.values()) / 3600
+        have = min(map(len, rows.values()))
+        if math.isinf(seeds):
+            more = f"{times:,.{times < 10:d}f} times as many" if math.isfinite(times) else ""
+            cells = f"no number would do | | {more} |"
+        else:
+            cells = f"more than {MOST} | | |" if seeds > MOST else f"{seeds} | {hours:,.1f} | |"
+        lines.append(f"| {name} | {one['leans']} | {have} | {cells}")
+    if not lines:
+        return ""
+    return "\n".join([
+        "\n**What the undecided would take**, were effects and spreads what they are here: seeds "
+        "of each row compared, and hours of training more, to decide the claim four times in five "
+        f"as the hardest of {len(found)}. Where no number of seeds would do, the choice of test "
+        "images leaves too much open, and it takes more of them, at least.\n",
+        "| claim | leans to be | seeds here | seeds | hours more | test images |",
+        "|---|---|--:|--:|--:|--:|", *lines]) + "\n"

@@ -51,6 +51,10 @@ class Estimate:
         return None if math.isnan(width) else abs(value - self.mean) <= width
 
 
+# (rows, row, other row or None, split, metric) -> estimate
+Estimator = Callable[[dict, str, str | None, str, str], Estimate]
+
+
 def each_image(record: dict, key: str) -> np.ndarray | None:
     """The values (images,) whose mean is a metric, None where the run kept none.
 

@@ -298,6 +298,13 @@ def paired(rows: dict, row: str, other: str | None, split: str, key: str) -> lis
     return [value for value in found if not math.isnan(value)]
 
 
+def training_seconds(runs: dict[int, dict]) -> float:
+    """Mean over a row's runs, or, of measurements, over the runs that they are of."""
+    of = lambda record: ("trained",) if "trained" in record else ()
+    return float(np.mean([need(record, *of(record), "train_seconds", kind=(int, float))
+                          for record in runs.values()]))
+
+
 def mean_arrays(seeds: dict[int, dict], names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Means over a row's seeds of arrays that lie beside its records."""
     loaded = [arrays_of(record, names) for record in seeds.values()]

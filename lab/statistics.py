@@ -129,20 +129,22 @@ def holm(ps: np.ndarray) -> np.ndarray:
 
 
 def detectable(seeds: int, rows: int, claims: int, spread: float = 1.0, test_set: float = 0.0,
-               units: int = 2, power: float = 0.8) -> float:
+               units: int = 2, compared: int = 2, power: float = 0.8) -> float:
     """How far beyond the edge of its range a difference of two rows must lie to be decided.
 
     With so many seeds, in a table of so many rows, as the hardest of `claims` claims (Holm's first
     step), with this probability. spread is the standard deviation of one row over seeds, test_set
     the standard error that the choice of `units` held-out images or groups adds; the result is in
-    their unit. Averaged over 4,000 draws of the spreads that so few seeds would show.
+    their unit. compared=1: of one row's own value. Averaged over 4,000 draws of the spreads that so
+    few seeds would show.
     """
     from scipy import stats
-    draw, dof = np.random.default_rng(0), (seeds - 1) * (rows - 1) / rows
-    shown = [Part(spread**2 / seeds * draw.chisquare(seeds - 1, 4000) / (seeds - 1), dof)
-             for _ in range(2)]
-    needed = reach(LEVEL / 2 / claims, (sum_of(*shown), Part(test_set**2, units - 1)))
-    error = np.sqrt(2 * spread**2 / seeds + test_set**2)
+    draw, dof = np.random.default_rng(0), seeds - 1
+    of_row = lambda: Part(spread**2 / seeds * draw.chisquare(seeds - 1, 4000) / (seeds - 1),
+                          dof if compared == 1 else dof * (rows - 1) / rows)
+    shown = of_row() if compared == 1 else sum_of(of_row(), of_row())
+    needed = reach(LEVEL / 2 / claims, (shown, Part(test_set**2, units - 1)))
+    error = np.sqrt(compared * spread**2 / seeds + test_set**2)
     low, high = 0.0, float(needed.max() + 10 * error)
     while high - low > 1e-4 * error:
         middle = (low + high) / 2

@@ -1,16 +1,13 @@
 """A table of rows as Markdown: differences from a base row, beside those that a report gives."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from lab.estimates import Estimate
-from lab.records import caveat, each_of, need, number, pairs_of, plain, switches
-
-# (rows, row, other row or None, split, metric) -> its estimate
-Estimator = Callable[[dict, str, str | None, str, str], Estimate]
+from lab.estimates import Estimator
+from lab.records import (
+    caveat, each_of, need, number, pairs_of, plain, switches, training_seconds)
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,9 @@ def costs(runs: dict[int, dict] | None) -> list[str]:
     if not runs:
         return [""] * 3
     one, numeric = next(iter(runs.values())), (int, float)
-    seconds = np.mean([need(record, "train_seconds", kind=numeric) for record in runs.values()])
     return [f"{need(one, 'parameters', kind=numeric) / 1e6:.2f} M",
-            f"{need(one, 'multiply_adds', kind=numeric) / 1e6:,.0f} M", f"{seconds:,.0f} s"]
+            f"{need(one, 'multiply_adds', kind=numeric) / 1e6:,.0f} M",
+            f"{training_seconds(runs):,.0f} s"]
 
 
 def notes(rows: dict, held: dict[str, list[bool]], seeds_alone: set[str], own: bool) -> str:

@@ -86,6 +86,20 @@ def test_what_a_seed_does_to_half_the_rows_makes_intervals_too_narrow(size, wron
 
 
 @pytest.mark.parametrize("seeds", [3, 6])
+def test_what_is_said_to_be_detectable_of_one_row_is_detected_four_times_in_five(seeds):
+    effect = statistics.detectable(seeds, ROWS, 13, spread=1.0, test_set=0.3, units=PHOTOS,
+                                   compared=1)
+    draw = np.random.default_rng(5)
+    values = draw.normal(size=(20_000, seeds))
+    means = effect + values.mean(1) + 0.3 * draw.normal(size=len(values))
+    of_photos = draw.chisquare(PHOTOS - 1, len(values)) / (PHOTOS - 1)
+    error = (Part(*statistics.own_spread(values)).times(1 / seeds),
+             Part(0.3**2 * of_photos, PHOTOS - 1))
+    inside, _ = statistics.evidence(means, error, 0.0, math.inf)
+    assert (2 * 13 * inside < statistics.LEVEL).mean() == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("seeds", [3, 6])
 def test_what_is_said_to_be_detectable_is_detected_four_times_in_five(seeds):
     effect = statistics.detectable(seeds, ROWS, 13, spread=1.0, test_set=0.3, units=PHOTOS)
     means, error = studies(seeds, 0.0, 0.0, away=0, count=4000)
