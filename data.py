@@ -1,6 +1,7 @@
 """The data of the study: fetched, verified, split by photo, and batched on the training device.
 
     python data.py                       fetch what is missing, print what is there
+    python data.py --only facades        fetch the facade set alone, if it is missing
     python data.py --facades-url URL     the facade set from another address, as a tar archive
 
 The data root is --data-root, else $DATA_ROOT, else ./data (a set of your own: lab/folders.py):
@@ -165,6 +166,7 @@ def load_fashion(root: Path, split: str = "full", limit: int = 60000) -> Dataset
 # ---- composites: one Fashion-MNIST image among three digits ----
 
 TIED_CLASS, TIED_DIGIT = FASHION_CLASSES.index("Trouser"), 3
+TRAIN_GRIDS, TEST_GRIDS = 0, 1  # seeds of what lies where in the grids
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,8 @@ def load_composites(root: Path, split: str = "full", limit: int = 60000,
     made_of = f"{fashion.digest} {IDX_DIGESTS['MNIST']} tie {tie}"
     return replace(fashion, name="Fashion+MNIST grids",
                    digest=hashlib.sha256(made_of.encode()).hexdigest(),
-                   train=composites(fashion.train, digits[0], 0, tie).split,
-                   test=composites(held_out, digits[1], 1).split)
+                   train=composites(fashion.train, digits[0], TRAIN_GRIDS, tie).split,
+                   test=composites(held_out, digits[1], TEST_GRIDS).split)
 
 
 # ---- facades ----
@@ -312,8 +314,10 @@ def fetch_facades(root: Path, url: str, digest: str = FACADE_DIGEST,
 def obtain_facades(root: Path, url: str | None = None) -> None:
     """Fetch the facade set where there is none, from its public address or from another URL.
 
-    For `python data.py` alone: no training run waits for a network. Where the public address
-    cannot be used a NOTE says why; BadInput if another one cannot, or if the set is misplaced.
+    For `python data.py`, which the Makefile runs before Table 2: a training script fetches no
+    facades, as it does Fashion-MNIST (`load_idx`). Where the public address cannot be used, or the
+    root not be written to, a NOTE says why; BadInput if another address cannot be used, or if the
+    set is misplaced.
     """
     if os.path.lexists(root / "mini_facade"):
         return
@@ -321,7 +325,7 @@ def obtain_facades(root: Path, url: str | None = None) -> None:
     print(f"fetching the facade set ({FACADE_LICENCE}) from {url or FACADE_URL}", flush=True)
     try:
         fetch_facades(root, url or FACADE_URL)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         if url:
             raise
         print(f"NOTE: {error}", file=sys.stderr)
@@ -374,9 +378,12 @@ def main() -> None:
     parser.add_argument("--facades-url", metavar="URL", help="where to fetch the facade set "
                         "if it is missing: a tar archive of mini_facade/, or of the repository "
                         "that has it (default: its public address)")
+    parser.add_argument("--only", choices=["facades"], help="fetch this set and no other")
     args = parser.parse_args()
     root = find_root(args.data_root)
     obtain_facades(root, args.facades_url)
+    if args.only:
+        return
     train, test = load_idx(root, "MNIST")
     fashion = load_fashion(root)
     digits = replace(fashion, name="MNIST", classes=tuple("0123456789"),

@@ -107,9 +107,10 @@ class Maker:
 
     def graph(self, device: str | torch.device, maps: bool = False) -> torch.export.ExportedProgram:
         deployed = copy.deepcopy(self.deployed).to(device)
-        example = self.images[:1].repeat(2, 1, 1, 1).to(device)
-        return forms.capture(WithMaps(deployed) if maps else deployed, example,
-                             deployed.model.stride)
+        image, stride = self.images[:1].to(device), deployed.model.stride
+        tiles = 1 if min(image.shape[2:]) > stride else 2  # one position would be taken for fixed
+        return forms.capture(WithMaps(deployed) if maps else deployed,
+                             image.repeat(2, 1, tiles, tiles), stride)
 
     def write(self, name: str, keep: list[str]) -> None:
         """The form's file; the layers in `keep` stay in float."""

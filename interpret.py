@@ -28,7 +28,6 @@ from torch import Tensor, nn
 import data
 import metrics
 import models
-from data import Composites
 from lab import batches, cli, devices, engine, equivariance, figures, panels, records
 from lab.batches import Dataset, Split
 from lab.cli import flag
@@ -36,7 +35,6 @@ from lab.files import BadInput, colours, read_image, refuse_overwriting, shown, 
 from lab.progress import progress
 from lab.provenance import environment
 
-TEST_GRIDS = 1  # seed of the held-out grids, as in data.load_composites
 RUN = "seed<k>.pt of a finished run"
 
 
@@ -64,6 +62,8 @@ class Predictions(Common):
         if self.checkpoint is None:
             raise BadInput(f"--checkpoint is missing: name the {RUN}, or a command, one of "
                            f"{', '.join(COMMANDS)}")
+        if self.image is not None and self.data is not None:
+            raise BadInput("--image and --data: show files, or the held-out images of a folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,16 +128,16 @@ class Surrogate:
         self.dataset = dataclasses.replace(held_out, test=held_out.test.map(lambda t: t[:images]))
         self.dtype = getattr(torch, record["environment"]["precision"])
 
-    def grids(self, count: int | None = None, **how: object) -> Composites:
+    def grids(self, count: int | None = None, **how: object) -> data.Composites:
         garments = self.dataset.test.map(lambda t: t[:count])
-        return data.composites(garments, self.digits, TEST_GRIDS, **how)
+        return data.composites(garments, self.digits, data.TEST_GRIDS, **how)
 
-    def predict_with_maps(self, grids: Composites) -> tuple[Tensor, Tensor]:
+    def predict_with_maps(self, grids: data.Composites) -> tuple[Tensor, Tensor]:
         return predict_with_maps(self.model, self.dataset, grids.split, self.batch, self.dtype)
 
     def predict(self, split: Split) -> Tensor:
-        logits = engine.predict(self.model, self.dataset, split, max(self.batch, 128), self.dtype)
-        return logits.argmax(1)
+        return engine.predict(self.model, self.dataset, split, max(self.batch, 128),
+                              self.dtype).argmax(1)
 
 
 def measure_attention(surrogate: Surrogate) -> dict[str, Tensor]:
@@ -205,8 +205,8 @@ def measure_surrogate(surrogate: Surrogate, config: dict, sweep_images: int) -> 
             arrays |= sweep_shifts(surrogate, sweep_images)
     scores = {name: values.double().mean().item() for name, values in arrays.items()
               if name not in ("prediction", "target") and not name.startswith("sweep_")}
-    half = lambda array: array.float() if array.dtype == torch.float64 else array
-    return scores, {name: half(values).cpu().numpy() for name, values in arrays.items()}
+    stored = lambda array: array.float() if array.dtype == torch.float64 else array
+    return scores, {name: stored(values).cpu().numpy() for name, values in arrays.items()}
 
 
 def measure_equivariance(surrogate: Surrogate, images: int) -> dict[str, list[list[float]]]:

@@ -16,7 +16,7 @@ from lab.progress import progress
 
 
 def accuracy(logits: Tensor, target: Tensor) -> float:
-    """Share of samples whose largest logit is the target's; logits (N, C, ...), target (N, ...)."""
+    """Share of images whose largest logit is the target's; logits (N, C), target (N,)."""
     return (logits.argmax(1) == target).double().mean().item()
 
 

@@ -299,8 +299,8 @@ SEGMENTERS = {"hourglass": HourGlass, "unet": UNet}
 FAMILIES = {**CLASSIFIERS, **SEGMENTERS}
 
 
-def settings_of(config: dict) -> dict:
-    """Those of a run's settings that its network is made of: its constructor's parameters.
+def arguments_of(config: dict) -> dict:
+    """Those of a run's settings that its network is made of: its constructor's arguments.
 
     config is that of a record, or a training script's Config as a dict. It names a family (`arch`;
     without one a VGG-ResNet).
@@ -312,7 +312,7 @@ def settings_of(config: dict) -> dict:
 def refuse_settings_of_others(config: dict, defaults: dict) -> None:
     """BadInput for a setting that is changed, but that another family's network takes alone."""
     known = {name for family in FAMILIES.values() for name in inspect.signature(family).parameters}
-    taken = settings_of(config)
+    taken = arguments_of(config)
     for name in config:
         if name in known - taken.keys() and config[name] != defaults[name]:
             raise BadInput(f"--{name.replace('_', '-')} switches another network; --arch "
@@ -322,11 +322,11 @@ def refuse_settings_of_others(config: dict, defaults: dict) -> None:
 def build(config: dict, channels: int, classes: int) -> nn.Module:
     """The network that a run's settings name, for a data set's channels and classes.
 
-    config as in `settings_of`. A parameter that it lacks takes its default, so that a run from
+    config as in `arguments_of`. A parameter that it lacks takes its default, so that a run from
     before a setting was added can be opened.
     """
     family = FAMILIES[config.get("arch", "vgg-resnet")]
-    return family(**{**settings_of(config), "channels": channels, "classes": classes})
+    return family(**{**arguments_of(config), "channels": channels, "classes": classes})
 
 
 # ---- losses ----

@@ -49,7 +49,7 @@ class Config(Settings):
         0.0, "composites: strength of the spurious tie of Trouser to the digit 3, 0 to 1")
     frozen: bool = flag(False, "keep the features of --base and train the classifier alone")
     base: str | None = flag(
-        None, "frozen: seed<k>.pt of a finished run of the same network", local=True)
+        None, "frozen: seed<k>.pt of a finished run of the same network", local=True, named=True)
     size: int | None = flag(
         None, "--data: pixels a side that images are brought to, a multiple of 4 (64)")
     train_images: int = flag(60000, "use only the first so many training images; of --data, some "
@@ -92,7 +92,7 @@ PROTOCOLS = {
 def base_weights(cfg: Config) -> dict[str, torch.Tensor]:
     """The weights that --frozen starts from. BadInput if --base is another network."""
     model, record = engine.load_trained(Path(cfg.base), torch.device("cpu"), models.build)
-    other = records.differing(record, settings_of(cfg), models.settings_of(asdict(cfg)))
+    other = records.differing(record, settings_of(cfg), models.arguments_of(asdict(cfg)))
     for name, (theirs, ours) in other.items():
         raise BadInput(f"--base {cfg.base} has {name} {theirs}, this run has {ours}: give the "
                        f"flags that it was trained with")

@@ -11,7 +11,6 @@ The same command goes on where a killed run stopped, and does nothing where it i
 """
 
 import functools
-import math
 import sys
 import time
 import typing
@@ -58,8 +57,10 @@ class Config(Settings):
                            f"times")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"--dropout {self.dropout}: must be in [0, 1)")
-        if not math.isfinite(self.weight_power):
-            raise BadInput(f"--weight-power {self.weight_power}: must be finite")
+        if not 0 <= self.weight_power <= 2:
+            raise BadInput(f"--weight-power {self.weight_power}: must be in [0, 2]")
+        if self.loss != "wce" and self.weight_power != cli.defaults(Config)["weight_power"]:
+            raise BadInput(f"--weight-power is of --loss wce; --loss {self.loss} weighs no class")
         models.refuse_settings_of_others(asdict(self), cli.defaults(Config))
 
 

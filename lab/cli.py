@@ -20,13 +20,14 @@ from lab.files import BadInput
 from lab.guard import guard as guard
 
 
-def flag(default: object, help: str, local: bool = False) -> typing.Any:
+def flag(default: object, help: str, local: bool = False, named: bool = False) -> typing.Any:
     """A setting: its default and what `-h` says of it.
 
     `local` marks where and how a run is made, but not what it computes: it may differ between two
-    halves of one run, and no record holds it.
+    halves of one run, and no record holds it. Of a folder, or a file in one, that is `named` the
+    default `--out` has the folder's name.
     """
-    return field(default=default, metadata={"help": help, "local": local})
+    return field(default=default, metadata={"help": help, "local": local, "named": named})
 
 
 def local(config: object) -> set[str]:
@@ -101,5 +102,9 @@ def parse(config: type, doc: str, argv: list[str] | None = None,
     base = config(**{**protocols[protocol], "protocol": protocol})
     changed = [f"{name}={given[name]}" for name, value in dataclasses.asdict(base).items()
                if name not in local(base) | {"seed"} and given.get(name, value) != value]
+    for setting in dataclasses.fields(config):
+        if setting.metadata["named"] and given.get(setting.name):
+            path = Path(given[setting.name]).absolute()
+            changed.append(f"{setting.name}={(path.parent if path.is_file() else path).name}")
     out = Path("runs", parser.prog.removesuffix(".py"), protocol, ",".join(changed) or "base")
     return dataclasses.replace(base, **{"out": str(out), **given})

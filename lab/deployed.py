@@ -7,17 +7,18 @@ from torch import Tensor, nn
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose BatchNorms are part of the convolutions before them.
+    """A copy in evaluation mode: in its Sequentials a BatchNorm after a convolution is part of it.
 
     It gives the same logits to 1e-5.
     """
     model = copy.deepcopy(model).eval()
-    for layers in model.modules():
-        if isinstance(layers, nn.Sequential) and isinstance(
-                layers[-1], (nn.BatchNorm2d, nn.Identity)):
-            if isinstance(layers[-1], nn.BatchNorm2d):
-                layers[0] = nn.utils.fuse_conv_bn_eval(layers[0], layers[1])
-            del layers[-1]
+    for layers in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        for i in reversed(range(1, len(layers))):
+            if isinstance(layers[i], nn.BatchNorm2d) and isinstance(layers[i - 1], nn.Conv2d):
+                layers[i - 1] = nn.utils.fuse_conv_bn_eval(layers[i - 1], layers[i])
+                layers[i] = nn.Identity()
+            if isinstance(layers[i], nn.Identity):
+                del layers[i]
     return model
 
 

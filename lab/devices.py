@@ -73,8 +73,9 @@ def keep_freed_memory() -> None:
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The type that convolutions run in under autocast; "auto" is bfloat16 where it is native."""
     if precision == "auto":
-        # without native bfloat16 a CPU emulates it, slower than float32
-        native = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+        # where it is not native it is emulated, slower than float32: is_bf16_supported() is true of
+        # such a GPU too, and asks the current one
+        native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else
                   torch.cpu._is_avx512_bf16_supported())
         precision = "bf16" if native else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

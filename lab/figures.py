@@ -6,6 +6,7 @@ lab/panels.py.
 """
 
 import io
+import itertools
 import os
 import typing
 from collections.abc import Callable, Iterable
@@ -128,7 +129,7 @@ def draw_power(errors: dict[str, dict], rows: int, claims: int, title: str,
     left.set(ylabel="effect decided (spreads of a row over seeds)", ylim=(0, 1.12 * effects[0]),
              title="two rows alike, without a test set's error")
     curves = [(left, effects)]
-    styles = zip((BLUE, ORANGE, GREEN), "osD")
+    styles = zip(itertools.cycle((BLUE, ORANGE, GREEN)), itertools.cycle("osD^vPX*"))
     for (name, part), (colour, marker) in zip(errors.items(), styles):
         found = [detectable(n, part["rows"], claims, part["spread"], part["test_set"],
                             part["units"]) for n in seeds]

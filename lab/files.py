@@ -49,13 +49,26 @@ def write_atomic(path: Path, content: bytes, previous: Path | None = None) -> No
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            os.replace(path, previous)
+            keep(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; nothing was lost, free or change the place "
                                    f"and run again", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep(path: Path, previous: Path) -> None:
+    """Let `previous` be what the file is, which stays where it is as long as links are known."""
+    link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, previous)
+    except OSError:  # a file system without hard links
+        os.replace(path, previous)
+    finally:
+        link.unlink(missing_ok=True)  # where both were the same file, replace does nothing
 
 
 def refuse_overwriting(targets: Iterable[Path], read: Iterable[str | Path], flag: str) -> None:

@@ -16,6 +16,9 @@ from lab.files import BadInput
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+OUT_OF_MEMORY = "out of memory: lower --batch first, then --size or --width", 2
+
+
 class Stopped(BaseException):
     """A signal told the process to stop: the conventional exit code is 128 + signal.
 
@@ -45,6 +48,8 @@ def guard(main: Callable[[], None]) -> int:
         message, code = f"{error.filename or 'file'}: {error.strerror or error}", 2
     except FloatingPointError as error:
         message, code = str(error), 1
+    except MemoryError:  # NumPy's, where torch's is a RuntimeError
+        message, code = OUT_OF_MEMORY
     except RuntimeError as error:
         if not (known := of_torch(error)):
             raise
@@ -59,7 +64,7 @@ def of_torch(error: RuntimeError) -> tuple[str, int] | None:
     if torch is None:
         return None
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: lower --batch first, then --size or --width", 2
+        return OUT_OF_MEMORY
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         reason = str(error).split("\n\n")[0]
         return f"--compile does not work here ({reason}); leave it out", 2

@@ -38,7 +38,7 @@ class Progress:
         self.bar.update(count)
         now = time.monotonic()
         # what is done needs no such line: its result follows
-        due = now - Progress.spoken >= EVERY and (self.total is None or self.done < self.total)
+        due = now - Progress.spoken >= EVERY and (self.total is None or 0 < self.done < self.total)
         if due and self.bar.disable and not self.silent:
             Progress.spoken = now
             gone = now - self.start

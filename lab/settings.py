@@ -31,7 +31,7 @@ class Settings:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...", local=True)
     data: str | None = flag(
         None, "a folder of your own images, see docs/own-data.md (default: the study's)",
-        local=True)
+        local=True, named=True)
     data_root: str | None = flag(
         None, "folder of the data sets (default: $DATA_ROOT, else ./data)", local=True)
     out: str | None = flag(None, "folder of seed<k>.json, seed<k>.pt (default: runs/ and what was "

@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
                   f"batch {BATCHES[1]} {times[1]:.1f} ms", flush=True)
     model, trained = engine.load_trained(Path(cfg.checkpoint), device, models.build)
     settings = ", ".join(f"{name}={value}" for name, value in
-                         models.settings_of(trained["config"]).items())
+                         models.arguments_of(trained["config"]).items())
     model = f"{type(model).__name__}({settings})"
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     if any(name.startswith("OpenVINO") for name in names):

@@ -309,7 +309,7 @@ def driver(gpu: Gpu) -> list[contextlib.AbstractContextManager]:
         return call
 
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "set_device": None,
-               "get_device_name": NAME, "is_bf16_supported": True,
+               "get_device_name": NAME, "get_device_capability": (9, 0),
                "manual_seed_all": None, "is_current_stream_capturing": False,
                "mem_get_info": (MEMORY, MEMORY), "Stream": Stream(), "Event": Stream(),
                "stream": contextlib.nullcontext(), "current_stream": Stream()}

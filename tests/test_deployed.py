@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import export
 from lab import forms
-from lab.deployed import fold_batchnorm
+from lab.deployed import Deployed, fold_batchnorm
 from models import HourGlass, UNet, VGGResNet
 
 
@@ -33,6 +34,21 @@ def test_folded_batchnorm_equals_batchnorm(model, shape):
         assert torch.equal(model(x), exact)  # the model itself is as it was
 
 
+def test_only_a_batchnorm_after_a_convolution_is_folded():
+    """Of networks of any other kind: lab knows none."""
+    conv = lambda: nn.Conv2d(3, 3, 3, padding=1)
+    model = randomise(nn.Sequential(
+        nn.Sequential(), nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(3)),
+        nn.Sequential(conv(), nn.BatchNorm2d(3), nn.ReLU(), conv(), nn.BatchNorm2d(3)),
+        nn.Sequential(nn.BatchNorm2d(3)), nn.Identity()))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        folded = fold_batchnorm(model)
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+    assert [sum(isinstance(module, nn.BatchNorm2d) for module in one.modules())
+            for one in (model, folded)] == [4, 2]
+
+
 @pytest.mark.parametrize("model, shape", [
     (HourGlass(1, 8), (4, 3, 32, 48)), (UNet(8), (4, 3, 32, 32)),
     (HourGlass(1, 8, intra_skip=False, norm=False, act="gelu"), (4, 3, 16, 16)),
@@ -48,3 +64,14 @@ def test_8_bits_are_near_the_model_and_the_layers_named_stay_in_float(model, sha
             found = forms.to_int8(folded, x, in_float)
             assert weights(found) == kept
             assert 0 < (found(x) - folded(x)).norm() / folded(x).norm() < 0.2
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_graph_takes_any_size_whatever_the_network_was_trained_at(size):
+    """At its stride too, where the deepest features have one position."""
+    model = Deployed(fold_batchnorm(HourGlass(1, 4)), (0.5,) * 3, (0.2,) * 3)
+    images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+    program = export.Maker(model, images, {}, {}, torch.device("cpu")).graph("cpu")
+    x = torch.randint(256, (3, 3, 48, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import one_error, result, run_seg
@@ -14,7 +15,7 @@ from conftest import one_error, result, run_seg
 import data
 import models
 import train_seg
-from lab import batches, cli, engine, files, provenance
+from lab import batches, cli, devices, engine, files, provenance
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(
@@ -60,9 +61,20 @@ def test_out_of_memory_names_the_flags_to_lower(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert cli.guard(hungry) == 2
     assert "lower --batch first, then --size or --width" in one_error(capsys)
-    assert cli.guard(lambda: torch.empty(2**60)) == 2
+    for want in (lambda: torch.empty(2**60), lambda: np.empty(2**56, np.uint8)):
+        assert cli.guard(want) == 2
+        assert "lower --batch first" in one_error(capsys)
     with pytest.raises(RuntimeError, match="a bug"):  # what no user can mend keeps its traceback
         cli.guard(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_a_gpu_that_emulates_bfloat16_takes_float32(monkeypatch):
+    """A T4 or a V100, of which torch says that it supports bfloat16."""
+    capability = lambda device: ((9, 0), (7, 5))[device.index]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **more: True)
+    assert [devices.pick_dtype("auto", torch.device("cuda", index)) for index in (0, 1)] == [
+        torch.bfloat16, torch.float32]
 
 
 def test_the_learning_rate():

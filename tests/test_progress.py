@@ -28,6 +28,12 @@ def lines(capsys):
     return [match.groups() for match in found if match]
 
 
+def test_nothing_done_yet_tells_no_time_left(every, capsys):
+    every(0)
+    progress.Progress("download", 1000, "KiB").update(0)
+    assert not capsys.readouterr().err
+
+
 def test_a_log_gets_a_line_every_30_seconds_and_no_more(monkeypatch, every, capsys):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])

@@ -172,6 +172,35 @@ def test_links_in_the_run_folder_are_not_followed(tiny_root, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_checkpoint_is_there_at_every_moment_of_its_replacement(tmp_path, monkeypatch):
+    path, previous, seen = tmp_path / "seed0.pt", tmp_path / "seed0.prev.pt", []
+    replace = os.replace
+
+    def looking(*names):
+        seen.append(path.read_bytes())
+        replace(*names)
+        seen.append(path.read_bytes())
+
+    path.write_bytes(b"1")
+    monkeypatch.setattr(os, "replace", looking)
+    for content in (b"2", b"3"):
+        files.write_atomic(path, content, previous)
+    assert seen == [b"1", b"1", b"1", b"2", b"2", b"2", b"2", b"3"]
+    assert previous.read_bytes() == b"2" and {*tmp_path.iterdir()} == {path, previous}
+
+
+def test_where_links_are_unknown_the_one_before_is_kept_all_the_same(tmp_path, monkeypatch):
+    def refuse(*names):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path, previous = tmp_path / "seed0.pt", tmp_path / "seed0.prev.pt"
+    for content in (b"1", b"2", b"3"):
+        files.write_atomic(path, content, previous)
+    assert (path.read_bytes(), previous.read_bytes()) == (b"3", b"2")
+    assert {*tmp_path.iterdir()} == {path, previous}
+
+
 def test_a_file_where_the_folder_should_be(tiny_root, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert run_seg(tiny_root, tmp_path / "out") == 2

@@ -87,6 +87,20 @@ def test_the_default_place_names_what_was_changed(tmp_path, monkeypatch):
     assert parse("--out", "here") == "here"
 
 
+def test_the_default_place_names_the_folder_of_images_and_the_base(tmp_path, monkeypatch):
+    """So that two folders, or two bases, do not meet in one place, where the second is refused."""
+    monkeypatch.setattr(sys, "argv", ["train_cls.py"])
+    parse = lambda *argv: cli.parse(train_cls.Config, "", list(argv), train_cls.PROTOCOLS).out
+    assert parse("--data", "here/birds/") == "runs/train_cls/report/data=birds"
+    monkeypatch.chdir(tmp_path)
+    assert parse("--data", ".") == f"runs/train_cls/report/data={tmp_path.name}"
+    base = tmp_path / "stride-2-32/seed0.pt"
+    base.parent.mkdir()
+    base.touch()
+    assert parse("--frozen", "--base", str(base), "--epochs", "1") == \
+        "runs/train_cls/report/epochs=1,frozen=True,base=stride-2-32"
+
+
 def test_a_flag_wins_over_the_protocol_and_the_protocol_over_the_default():
     parse = lambda *argv: cli.parse(train_seg.Config, "", list(argv), train_seg.PROTOCOLS)
     assert parse().size == 256

@@ -122,6 +122,13 @@ def test_each_protocol_has_its_own_picture_of_power(tmp_path, saved):
     assert tmp_path / "small/power.png" in saved
 
 
+def test_every_metric_has_a_curve_of_power_and_a_marker_of_its_own():
+    error = {"spread": 0.1, "test_set": 0.1, "units": 67, "rows": 12}
+    figure = figures.draw_power({f"metric {i}": error for i in range(7)}, 12, 13, "x", [])
+    lines = [line for line in figure.axes[1].lines if not line.get_label().startswith("_")]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 7
+
+
 def test_more_seeds_than_asked_for_are_no_part_of_them(tmp_path):
     for seed in range(3):
         write_record(tmp_path, "maxpool-2-32", seed, 0.9)
