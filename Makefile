@@ -89,7 +89,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENV := $(VENV)/.installed
 endif
 
-# the rows that are exported, and the one that is timed at the study's full image size
+# the rows that are exported; the first of them is timed as well (bench-inference), at 256 pixels a side
 EXPORTED := table2/standard table1/maxpool-2-32
 
 .PHONY: page page-networks test-page
@@ -206,7 +206,9 @@ endif
 STUDY = $(PY) study.py $(1) --protocol $(PROTOCOL) $(if $(DATA),--name=$(NAME)) --results $(dir $(RESULTS))
 
 RESULTS := results/$(SET)
-ROWS := $(shell sed -n 's|^\(table[12]/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))
+# the names before an = above, in the order of their lines, which is the report's: .VARIABLES has no order
+named = $(shell sed -nE 's|^($(1)/[^[:space:]:=]+)[[:space:]]*[:?+]*=.*|\1|p' $(firstword $(MAKEFILE_LIST)))
+ROWS := $(call named,table[12])
 
 # in seed order, so that one seed of every row exists before the second of any
 records = $(foreach seed,$(SEEDS),$(patsubst %,$(RESULTS)/%/seed$(seed).json,$(1)))
@@ -226,7 +228,9 @@ $(RESULTS)/claims.md: $(OWN:%=$(RESULTS)/%.md) $(if $(DATA),,$(RESULTS)/attentio
 
 $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
-$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: study.py | $(ENV)
+# what computes and renders them: a change there makes tables anew, of the same records
+RENDERS := study.py metrics.py $(wildcard lab/*.py)
+$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: $(RENDERS) | $(ENV)
 	$(call STUDY,$(basename $(@F))) --seeds $(words $(SEEDS))
 
 # the records alone, without table and page
@@ -237,10 +241,19 @@ rows/table2: $(call records,$(filter table2/%,$(ROWS)))
 .PHONY: $(ROWS)
 $(foreach row,$(ROWS),$(eval $(row): $(call records,$(row))))
 
+# Rows of Table 2 without the photos would be of drawn ones. Where there are none, the first such row that is to run has
+# one try to fetch them come before it; if that fails it says why, and drawn ones it is. For smoke these are good enough.
+# The name is of no file, as a path may have spaces, and secondary, so that rows that all exist ask for no photos.
+FACADES := $(if $(DATA)$(filter smoke,$(PROTOCOL)),,$(shell test -e "$(or $(DATA_ROOT),data)/mini_facade" || echo facades))
+.SECONDARY: facades
+facades: | $(ENV)
+	$(PY) data.py --only facades
+needs = $(ENV) $(if $(filter table2/%,$(1)),$(FACADES))
+
 # a record depends on nothing that changes: what exists is not run again; what is broken off resumes
 TRAIN = $(RUN) $(PY) $(script/$(1)) --protocol $(PROTOCOL) --device $(DEVICE) $(if $(DATA),$(FLAGS_DATA) $(FLAGS))
 define row_rule
-$(RESULTS)/$(1)/seed%.json: | $(ENV) $(PLAN)
+$(RESULTS)/$(1)/seed%.json: | $(call needs,$(1)) $(PLAN)
 	$(call TRAIN,$(patsubst %/,%,$(dir $(1)))) --seed $$* $($(1)) --out $$(@D)
 endef
 $(foreach row,$(ROWS),$(eval $(call row_rule,$(row))))
@@ -256,7 +269,7 @@ $(RESULTS)/plan.txt: | $(ENV)
 # A run is deterministic, so where the study was not run here the row is trained again, beside its committed record.
 # The target is the run's record, which is written last: the checkpoint beside it is whole once it is there.
 define weights_rule
-runs/$(SET)/$(1)/seed%.json: | $(ENV)
+runs/$(SET)/$(1)/seed%.json: | $(call needs,$(1))
 	mkdir -p $$(@D)
 	if [ -f $(RESULTS)/$(1)/seed$$*.json ] && [ -f $(RESULTS)/$(1)/seed$$*.pt ]; \
 	then cp $(RESULTS)/$(1)/seed$$*.pt $(RESULTS)/$(1)/seed$$*.json $$(@D); \
@@ -264,7 +277,7 @@ runs/$(SET)/$(1)/seed%.json: | $(ENV)
 endef
 $(foreach row,$(ROWS),$(eval $(call weights_rule,$(row))))
 
-SURROGATES := $(shell sed -n 's|^\(surrogates/[^ ]*\) .*|\1|p' $(firstword $(MAKEFILE_LIST)))
+SURROGATES := $(call named,surrogates)
 base := runs/$(SET)/table1/maxpool-2-32/seed
 define surrogate_rule
 runs/$(SET)/$(1)/seed%.json: | $(ENV) $(if $(filter --frozen,$($(1))),$(base)%.json)
@@ -292,8 +305,8 @@ interpret: $(RESULTS)/attention.md $(RESULTS)/attention.png
 rows/attention $(RESULTS)/attention.md: $(call records,$(attention) $(equivariance))
 
 first := $(firstword $(SEEDS))
-# the report's Figures 2, 1 and 4
-$(RESULTS)/hourglass.png: interpret.py models.py | $(ENV)
+# The report's Figures 2, 1 and 4. Those of trained weights, which a clone lacks, ask for no code: it would train anew.
+$(RESULTS)/hourglass.png: interpret.py models.py lab/figures.py | $(ENV)
 	$(PY) interpret.py architecture --figure $@
 $(RESULTS)/attention.png: | $(foreach kind,frozen scratch,runs/$(SET)/surrogates/$(kind)-tie0.9/seed$(first).json)
 	$(PY) interpret.py attention $(foreach kind,frozen scratch,--$(kind) runs/$(SET)/surrogates/$(kind)-tie0.9/seed$(first).pt) --figure $@

@@ -82,9 +82,12 @@ def place(files: Files, made: Path, target: Path) -> None:
         (made / path).parent.mkdir(parents=True, exist_ok=True)
         (made / path).write_bytes(content)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
+    try:
         os.replace(made, target)
         return
+    except OSError:  # not asked before: a row beside this one may fetch the set too, and be faster
+        if not target.exists():
+            raise
     for path, _ in files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(made / path, target / path)

@@ -67,7 +67,7 @@ class Plan:
     @functools.cached_property
     def base_rows(self) -> list[str]:
         """The first row of each table, as the Makefile has them."""
-        rows = re.findall(r"^(table[12]/\S+) *:=", (ROOT / "Makefile").read_text(), re.M)
+        rows = re.findall(r"^(table[12]/[^\s:=]+)\s*:?=", (ROOT / "Makefile").read_text(), re.M)
         return [next(row for row in rows if row.startswith(table))
                 for table in ("table1", "table2")]
 

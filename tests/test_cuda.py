@@ -39,7 +39,7 @@ def rows() -> list[str]:
     size = r"--(depth|width|hourglasses) \d+"
     return list(dict.fromkeys(
         f"{table} {re.sub(size, '', flags)}".strip()
-        for table, flags in re.findall(r"^(table[12])/\S+ *:= ?(.*)$", makefile, re.M)))
+        for table, flags in re.findall(r"^(table[12])/[^\s:=]+\s*:?= ?(.*)$", makefile, re.M)))
 
 
 def drawn_split(images: int, generator: torch.Generator) -> data.Split:

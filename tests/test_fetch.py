@@ -1,12 +1,15 @@
 """Downloads and archives: the pinned files, or a reason and nothing left, within seconds."""
 
+import errno
 import functools
 import gzip
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.request
@@ -16,6 +19,7 @@ import loopback
 import pytest
 from loopback import Server, archive, chunked, content, link, redirect, unmeasured
 
+import data
 from lab import fetch
 from lab.fetch import Limits
 from lab.files import BadInput, tree_digest
@@ -101,6 +105,36 @@ def test_a_folder_that_is_there_keeps_its_other_files(tmp_path):
     assert (tmp_path / "here/deep/a.png").exists() and (tmp_path / "here/mine").exists()
 
 
+def test_two_that_fetch_at_once_both_end_well(tmp_path, monkeypatch):
+    """As the first rows of a table do side by side. Both find no folder, then both have the set."""
+    fork, replace = multiprocessing.get_context("fork"), os.replace
+    together, met = fork.Barrier(2), []
+
+    def released(old, new):
+        if not met:  # the first time, by when each has asked what is there
+            met.append(together.wait(30))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", released)
+    both = [fork.Process(target=fetch.fetch, args=(
+        tmp_path, "here", DIGEST, {"instant": lambda folder: list(FILES.items())}))
+        for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert all((tmp_path / "here" / name).read_bytes() == body for name, body in FILES.items())
+
+
+def test_a_folder_that_cannot_be_placed_says_why(tmp_path):
+    (tmp_path / "here").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError):
+        fetch.fetch(tmp_path, "here", DIGEST, {"a source": lambda folder: list(FILES.items())})
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_the_first_source_with_the_pinned_files_is_taken_and_each_other_says_why_not(tmp_path):
     def broken(folder):
         (folder / "half").write_bytes(b"half")
@@ -117,6 +151,22 @@ def test_the_first_source_with_the_pinned_files_is_taken_and_each_other_says_why
     sources = {"one": broken, "two": other, "three": good, "four": unasked}
     fetch.fetch(tmp_path, "here", DIGEST, sources)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_facades_alone_are_asked_for_without_the_other_sets(tmp_path, monkeypatch, capsys):
+    """And make goes on without them, whatever the reason: also in a root that is not ours."""
+    monkeypatch.setattr(sys, "argv", ["data.py", "--only", "facades", "--data-root", str(tmp_path)])
+    monkeypatch.setattr(data, "load_idx", lambda root, name: pytest.fail(f"asked for {name}"))
+    monkeypatch.setattr(data, "FACADE_URL", f"file://{tmp_path}/nowhere")
+    data.main()
+    assert f"NOTE: cannot use file://{tmp_path}/nowhere: " in capsys.readouterr().err
+
+    def denied(**options):
+        raise PermissionError(errno.EACCES, "Permission denied", options["dir"])
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", denied)
+    data.main()
+    assert "NOTE: [Errno 13] Permission denied" in capsys.readouterr().err
 
 
 # ---- archives that are not the set ----

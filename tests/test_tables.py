@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,11 +143,11 @@ def planned(make, table, *arguments):
             for line in plan if "--out" in line and "--seed" in line]
 
 
-def with_row(tmp_path):
+def with_row(tmp_path, row="table2/narrow := --width 4 --loss dice"):
     """This Makefile with a row more, which a reader added: its path."""
     own = tmp_path / "Makefile"
     own.write_text((REPO / "Makefile").read_text().replace(
-        "\ntable2/no-dropout ", "\ntable2/narrow := --width 4 --loss dice\ntable2/no-dropout "))
+        "\ntable2/no-dropout ", f"\n{row}\ntable2/no-dropout "))
     return own
 
 
@@ -159,6 +160,65 @@ def test_every_row_of_the_report_is_made_in_seed_order(make, tmp_path, table, mo
     assert [seed for _, seed in runs] == ["0"] * (len(runs) // 2) + ["1"] * (len(runs) // 2)
     assert [(row, seed) for row, seed in runs if row in study.REPORT[table]] == [
         (row, seed) for seed in "01" for row in study.REPORT[table]]
+
+
+@pytest.mark.parametrize("equals", [":=", ":= ", "\t:=\t", "  := ", " = "])
+def test_a_row_may_be_written_with_any_spaces_or_none(make, tmp_path, equals):
+    made = planned(make, "table2", "-f", str(with_row(tmp_path, f"table2/narrow{equals}--width 4")))
+    assert [seed for row, seed in made if row == "narrow"] == ["0", "1"]
+    assert made[0] == ("standard", "0")
+    own = with_row(tmp_path, f"surrogates/scratch-tie0.7{equals}--tie 0.7")
+    plan = make("-n", "rows/attention", "-f", str(own)).stdout
+    assert plan.count("interpret.py measure") == 9 + 3 and plan.count("--tie 0.7 ") == 1
+
+
+def finished(make, results):
+    """Make every record of the study, empty, as a clone has them, and tables that are newer."""
+    for line in make("-n", "rows/table1", "rows/table2", "rows/attention").stdout.splitlines():
+        folder = Path(line.split("--out ")[-1])
+        if results in folder.parents:
+            folder.mkdir(parents=True)
+            (folder / "seed0.json").write_text("{}")
+    later = time.time() + 3600  # than any file of the project that is being worked on
+    for name in ("table1.md", "table2.md", "attention.md", "claims.md", "hourglass.png"):
+        (results / name).write_text("")
+        os.utime(results / name, (later, later))
+
+
+def test_what_computes_a_table_renders_it_again_and_trains_nothing(make, tmp_path):
+    """Nor does a fresh clone, where any file may be the newest: records ask for no code."""
+    results = tmp_path / "results/smoke"
+    finished(make, results)
+    assert "study.py" not in make("-n", "claims").stdout
+    for source in ("study", "metrics", "lab/claims", "lab/estimates", "lab/records",
+                   "lab/statistics", "lab/tables"):
+        plan = make("-n", "claims", "-W", f"{source}.py").stdout
+        rendered = [line.split()[2] for line in plan.splitlines() if " study.py " in line]
+        assert rendered == ["table1", "table2", "attention", "claims"], source
+        assert "train" not in plan and "measure" not in plan
+    assert "architecture" in make("-n", f"{results}/hourglass.png", "-W", "lab/figures.py").stdout
+
+
+def test_photos_that_are_not_there_are_asked_for_once_before_the_first_row(make, tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/log\n')  # fetches none
+    (tmp_path / "python").chmod(0o755)
+    common = (f"PY={tmp_path}/python", "PROTOCOL=small", f"DATA_ROOT={tmp_path}/no photos")
+    assert make("rows/table2", *common, "RUN=env", "-j3").returncode == 0
+    asked, *rows = (tmp_path / "log").read_text().splitlines()
+    assert asked == "data.py --only facades" and len(rows) == 3 * len(study.REPORT["table2"])
+    assert all(row.startswith("train_seg.py ") for row in rows)
+    assert make("-n", "export", "SET=new", *common).stdout.count(asked) == 1
+
+
+def test_nothing_is_fetched_where_no_photo_is_missing(make, tmp_path, streets):
+    small, nowhere = ("-n", "PROTOCOL=small"), f"DATA_ROOT={tmp_path}/nowhere"
+    for words in (("table2", *small), ("table1", *small, nowhere), ("table2", "-n", nowhere),
+                  ("table2", *small, nowhere, f"DATA={streets}")):
+        plan = make(*words).stdout
+        assert "train_" in plan and "data.py" not in plan
+    finished(make, tmp_path / "results/smoke")  # nor where every row is there, as in a clone
+    plan = make("claims", *small, "SEEDS=0", nowhere, "-W", "study.py").stdout
+    assert "study.py claims" in plan and "data.py" not in plan and "train_" not in plan
 
 
 def test_a_measurement_that_exists_asks_for_no_training(make, tmp_path):
