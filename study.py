@@ -230,10 +230,14 @@ def render_attention(rows: dict, equivariance: dict) -> str:
     for row, seeds in rows.items():
         cells = [own(seeds, key) for key in columns.values()]
         lines.append(f"| `{row}` | " + " | ".join(cells) + f" | {len(seeds)} |")
+    alone = [heading for heading, key in columns.items()
+             if any(estimates.own_value(seeds, key).seeds_alone for seeds in rows.values())]
+    kept_none = " and of ".join([*(f'"{heading}"' for heading in alone), "coinciding errors",
+                                 "equivariance"])
     lines.append("\nPercent, mean over seeds. ± is the 95 % interval, over seeds and over the "
-                 "test grids; where runs keep no value of each grid, as of coinciding errors and "
-                 "of equivariance, it is over seeds alone, and missing where all seeds found the "
-                 "same. Chance is 25 for the CAM's mass and the pointing game.\n")
+                 f"test grids; of {kept_none} runs keep no value of each grid, so there it is over "
+                 "seeds alone, and missing where all seeds found the same. Chance is 25 for the "
+                 "CAM's mass and the pointing game.\n")
     found = surrogates(rows)
     for kind in ("frozen", "scratch"):
         if untied := found.get((kind, 0)):

@@ -79,8 +79,7 @@ class Config(Settings):
 
 
 OWN_SIZE = 64  # of --data: photographs say little in Fashion-MNIST's 28 pixels
-# desk: the cheapest settings that reach the report's numbers, chosen on the dev split
-# (docs/choices.md)
+# desk: the cheapest settings that reach the report's numbers, see docs/choices.md
 PROTOCOLS = {
     "report": {},
     "desk": {"epochs": 3, "lr": 2e-3, "warmup": 0.2},

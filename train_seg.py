@@ -64,8 +64,8 @@ class Config(Settings):
         models.refuse_settings_of_others(asdict(self), cli.defaults(Config))
 
 
-# desk: the cheapest settings that reach the report's numbers, chosen on the dev split
-# (docs/choices.md); few steps want a high rate, and a high rate a long climb
+# desk: the cheapest settings that reach the report's numbers, see docs/choices.md; few steps want a
+# high rate, and a high rate a long climb
 PROTOCOLS = {
     "report": {},
     "desk": {"size": 128, "epochs": 10, "batch": 8, "lr": 2e-3, "warmup": 0.3},

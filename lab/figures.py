@@ -246,9 +246,12 @@ def draw_architecture(blocks: list[dict], title: str) -> Figure:
 
 
 def across_seeds(seeds: dict[int, dict], key: str) -> tuple[float, float]:
-    """Mean of a test metric over a row's records, and half of its 95 % interval, in percent."""
+    """Mean of a test metric over a row's records, and half of its 95 % interval, in percent.
+
+    Of one record, which tells no interval, NaN.
+    """
     found = own_value(seeds, key)
-    return found.mean, 0.0 if np.isnan(found.half) else found.half
+    return found.mean, found.half
 
 
 def draw_trends(rows: dict[tuple[str, float], dict], panels: dict[str, dict[str, str]],

@@ -174,7 +174,8 @@ def draw_shifts(name: str, seeds: dict[int, dict], sweep: dict[str, np.ndarray])
     mean = cells[:, 0].mean()
     places.imshow(cells[:, 0].reshape(2, 2), cmap="viridis", vmin=mean - 5, vmax=mean + 5)
     for c, (mean, half) in enumerate(cells):
-        places.text(c % 2, c // 2, f"{mean:.1f} %\n± {half:.1f}", ha="center", va="center",
+        interval = "" if np.isnan(half) else f"\n± {half:.1f}"
+        places.text(c % 2, c // 2, f"{mean:.1f} %{interval}", ha="center", va="center",
                     bbox={"facecolor": "white", "alpha": 0.8, "lw": 0})
     places.set(xticks=[0, 1], yticks=[0, 1], xticklabels=["left", "right"],
                yticklabels=["top", "bottom"], title="accuracy by cell")

@@ -10,7 +10,7 @@ from scipy import stats
 from lab import statistics
 from lab.statistics import Part
 
-ROWS, PHOTOS = 13, 67  # of Table 2
+ROWS, PHOTOS = 13, 67  # about what Table 2 has
 
 
 # ---- studies with a known truth ----

@@ -317,3 +317,16 @@ def test_no_title_of_the_shifts_touches_a_colour_bar(tmp_path):
     titles = [ax.title.get_window_extent() for ax in figure.axes if ax.get_title()]
     assert len(bars) == 2 and len(titles) == 3
     assert not any(title.overlaps(bar) for title in titles for bar in bars)
+
+
+def test_one_seed_is_drawn_without_an_interval(tmp_path):
+    write_surrogates(tmp_path)
+    rows = study.load_records(tmp_path / "small/attention", "small")
+    sweep = dict.fromkeys(("sweep_accuracy", "sweep_consistency"), np.zeros((29, 29)))
+    for count in (1, 3):
+        seeds = dict([*rows["frozen-tie0"].items()][:count])
+        cells = panels.draw_shifts("frozen", seeds, sweep).axes[0].texts
+        assert ["±" in text.get_text() for text in cells] == [count > 1] * 4
+        lines = figures.draw_trends({("frozen", 0.0): seeds}, {"x": {"accuracy": ""}}, "tie", {})
+        (bars,), = lines.axes[0].containers[0].lines[2:]
+        assert (bars.get_segments()[0].size > 0) == (count > 1)
