@@ -50,8 +50,10 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
         return math.nan
     thresholds, counts = torch.unique_consecutive(hits, return_counts=True)
     true = counts.flip(0).cumsum(0).flip(0)  # positives at or above each threshold
-    false = len(misses) - torch.searchsorted(misses, thresholds)
-    return (counts.double() / len(hits) * (true.double() / (true + false))).sum().item()
+    above = true + len(misses)
+    above -= torch.searchsorted(misses, thresholds)
+    precision = true.double().div_(above)  # in place: a class can be most of the pixels
+    return counts.double().div_(len(hits)).mul_(precision).sum().item()
 
 
 def average_precisions(scores: Tensor, target: Tensor) -> list[float]:
@@ -79,17 +81,16 @@ def score_histograms(probs: Tensor, target: Tensor, group: Tensor) -> dict[str, 
     its photo. Returns int32 (groups, C, BINS) `hits` and `misses`, pixels of the class and not of
     it by score, and `groups`, the sorted distinct values of `group`.
     """
-    classes = probs.shape[1]
     groups, which = group.unique(return_inverse=True)
-    bins = ((torch.logit(probs, eps=1e-6) + 12) * (BINS / 24)).long().clamp_(0, BINS - 1)
-    each = torch.arange(classes, device=target.device).view(1, -1, 1, 1)
-    target = target.unsqueeze(1)
-    cell = (((which.view(-1, 1, 1, 1) * classes + each) * BINS + bins) * 2 + (target == each))
-    cells, void = len(groups) * classes * BINS * 2, target == VOID
-    if void.any():
-        cell = cell.where(~void, cells)  # behind the last
-    counts = torch.bincount(cell.reshape(-1), minlength=cells)[:cells]
-    counts = counts.reshape(len(groups), classes, BINS, 2).to(torch.int32).cpu().numpy()
+    classes, cells, void = probs.shape[1], len(groups) * BINS * 2, target == VOID
+    counts = which.new_empty((len(groups), classes, BINS, 2))
+    for c in range(classes):  # one by one: int64 of all classes is four times their scores
+        cell = torch.logit(probs[:, c], eps=1e-6).add_(12).mul_(BINS / 24).long()
+        cell.clamp_(0, BINS - 1).add_(which.view(-1, 1, 1) * BINS).mul_(2).add_(target == c)
+        cell.masked_fill_(void, cells)  # behind the last
+        found = torch.bincount(cell.reshape(-1), minlength=cells)[:cells]
+        counts[:, c] = found.reshape(-1, BINS, 2)
+    counts = counts.to(torch.int32).cpu().numpy()
     return {"hits": counts[..., 1], "misses": counts[..., 0], "groups": groups.cpu().numpy()}
 
 

@@ -13,6 +13,7 @@ from lab.devices import free_memory
 from lab.files import BadInput
 
 VOID = 255  # in a mask: a pixel that no one has labelled, out of losses, metrics and weights
+RANKING = 80  # bytes a pixel, measured: one class is ranked by int64 and float64 of its pixels
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,14 @@ def stored_memory(data: Dataset) -> int:
 
 
 def logits_memory(data: Dataset) -> int:
-    """Bytes of the logits and probabilities of the larger split's evaluation."""
-    return 8 * len(data.classes) * max(split.targets.numel() for split in (data.train, data.test))
+    """Bytes that the larger split's evaluation takes at most."""
+    return scores_memory(len(data.classes),
+                         max(split.targets.numel() for split in (data.train, data.test)))
+
+
+def scores_memory(classes: int, targets: int) -> int:
+    """Bytes that scoring takes at most: logits, probabilities, and the ranking of one class."""
+    return (8 * classes + RANKING) * targets
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -4,12 +4,15 @@ Two steps of its first row are timed; the other rows take as much more or less a
 multiply-adds say.
 """
 
+import contextlib
 import dataclasses
+import re
 import resource
 import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,7 +30,14 @@ Parse = Callable[[list[str]], Settings]
 def read_rows(argv: list[str] | None, parse: Parse) -> list[Settings]:
     """The settings of each row on stdin: a row is a line of flags, which are added to argv."""
     argv = sys.argv[1:] if argv is None else argv
-    rows = [parse([*argv, *shlex.split(line)]) for line in sys.stdin.read().splitlines()]
+    rows = []
+    for number, line in enumerate(sys.stdin.read().splitlines(), 1):
+        try:
+            flags = shlex.split(line)
+        except ValueError as error:
+            raise BadInput(f"--plan: line {number} on stdin, {line!r}: {error}; mend its "
+                           f"quotes") from error
+        rows.append(parse([*argv, *flags]))
     if not rows:
         raise BadInput("--plan reads rows from stdin, the flags of one a line; give at least one")
     return rows
@@ -71,6 +81,8 @@ def describe(rows: list[Settings], run: engine.Run, dataset: Dataset, build: eng
         work.append(multiply_adds(model, shape))
         values.append(activations(model, shape))
     images, base = len(dataset.train), rows[0]
+    most = memory(run.device)  # reading the data may have taken more than a step does
+    forget_peak(run.device)
     before = memory(run.device)
     each = step_seconds(run, loss) / len(run.data.train)
     # an evaluation has the forward pass alone, a third of a step
@@ -79,7 +91,7 @@ def describe(rows: list[Settings], run: engine.Run, dataset: Dataset, build: eng
     step = memory(run.device) - before
     largest = max(values) / values[0]  # a step keeps them for its backward pass
     held = before + logits_memory(dataset)
-    if run.device.type == "cuda":  # on a CPU the peak so far has the data in it
+    if run.device.type == "cuda":  # on a CPU what is held has the data in it
         held += stored_memory(dataset)
     free = host_memory() if (found := free_memory(run.device)) is None else found
     return (f"{dataset.name}: {images} training and {len(dataset.test)} {dataset.held_out} images; "
@@ -87,8 +99,8 @@ def describe(rows: list[Settings], run: engine.Run, dataset: Dataset, build: eng
             f"time: about {span(seeds * sum(runs))}, one run after another ({span(runs[0])} for a "
             f"run of the first row, {span(max(runs))} for one of the slowest, {span(reading)} of "
             f"each to read the data)\n"
-            f"memory: about {(held + step) / 1e9:.1f} GB a run, "
-            f"{(held + largest * step) / 1e9:.1f} GB for one of the largest; "
+            f"memory: about {max(most, held + step) / 1e9:.1f} GB a run, "
+            f"{max(most, held + largest * step) / 1e9:.1f} GB for one of the largest; "
             f"{free / 1e9:.1f} GB are free\n")
 
 
@@ -104,10 +116,23 @@ def activations(model: nn.Module, shape: torch.Size) -> int:
 
 
 def memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far, on a GPU or in all."""
+    """The most bytes that this process has held since `forget_peak`, on a GPU or in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    except (OSError, TypeError):  # no Linux, or one that does not say
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `memory` begin at what is held now; where the system cannot, it goes on from the peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
 
 
 def span(seconds: float) -> str:

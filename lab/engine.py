@@ -208,7 +208,8 @@ class Run:
         with handling(STOPPING, self.stop):
             for name, split in (("train", self.data.train), (self.data.held_out, self.data.test)):
                 logits = predict(self.model, self.data, split, self.cfg.batch, self.dtype)
-                if not logits.isfinite().all():
+                # isfinite() of all of them would take as much memory again, and more
+                if not torch.stack(logits.aminmax()).isfinite().all():
                     raise FloatingPointError(f"the network's outputs for the {name} split are not "
                                              "finite: training diverged at its end; delete the "
                                              "run, and lower --lr or use --precision fp32")
@@ -346,4 +347,10 @@ def predict(model: nn.Module, dataset: Dataset, split: Split, batch: int,
     parts = progress(batches.in_order(dataset, split, batch), "evaluation",
                      -(-len(split) // batch))
     where = split.images.device  # a set too large for the device has logits that are, too
-    return torch.cat([forward(model, images, dtype).to(where) for images, _ in parts])
+    logits = None
+    for i, (images, _) in enumerate(parts):
+        part = forward(model, images, dtype)
+        if logits is None:  # in one piece: parts to be joined would hold all of them twice
+            logits = torch.empty((len(split), *part.shape[1:]), device=where)
+        logits[i * batch:(i + 1) * batch] = part
+    return logits

@@ -28,7 +28,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from lab.batches import Dataset, Split
+from lab.batches import Dataset, Split, scores_memory
 from lab.devices import host_memory
 from lab.files import IMAGE_FORMATS, BadInput, colours, digest_of_digests, read_image, shown
 from lab.labels import Legend, check_names, default_palette, read_legend, read_mask
@@ -289,15 +289,15 @@ def check_memory(folder: Path, train: int, test: int, size: int, channels: int,
     """BadInput, before anything is read, for a set that the host's memory cannot hold."""
     pixels = size * size
     need = (train + test) * pixels * (channels + masks)
-    if masks:  # logits and probabilities, when the larger split is scored
-        need += 8 * len(legend.names) * max(train, test) * pixels
+    if masks:
+        need += scores_memory(len(legend.names), max(train, test) * pixels)
     if need > (free := host_memory()):
         raise BadInput(f"{folder} has {train + test} images, which at {size}x{size} take "
                        f"{need / 1e9:.1f} GB with their scores, and {free / 1e9:.1f} GB of memory "
                        f"are free: lower --size, or give fewer images")
 
 
-def statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each channel, of values in [0, 1]: from counts, the same everywhere."""
     means, deviations = [], []
     values = torch.arange(256).double() / 255
@@ -354,6 +354,6 @@ def load(folder: Path, task: str, size: int, split: str = "full",
                            f"no {'pixel' if task == 'segmentation' else 'image'} in the {part} "
                            f"split, at {size}x{size}; give it some there, or leave it out of the "
                            f"classes" + " (255 is void)" * (task == "segmentation"))
-    return Dataset(name, legend.names, *statistics(splits[0].images), digest_of_digests(
+    return Dataset(name, legend.names, *channel_statistics(splits[0].images), digest_of_digests(
         digests.items()), False, *splits, held_out,
         legend.palette if task == "segmentation" else None, own=True)

@@ -108,7 +108,7 @@ def load(folder: Path, protocol: str, order: Iterable[str] = (),
     names = sorted(path.name for path in folder.glob("*/"))
     for row in [row for row in known if row in names] + [row for row in names if row not in known]:
         for path in sorted(folder.joinpath(row).iterdir()):
-            if not re.fullmatch(r"seed(0|-?[1-9][0-9]*)\.json", path.name):
+            if not re.fullmatch(r"seed(0|[1-9][0-9]*)\.json", path.name):
                 continue
             record = read(path)
             if type(seed := record["config"].get("seed")) is not int:
@@ -180,9 +180,9 @@ def switches(record: dict, other: dict) -> dict[str, tuple]:
 def refuse_other(path: Path, stored: dict, ours: dict) -> None:
     """BadInput if what lies at the path was made with other settings, data or first weights."""
     found = differing(stored, ours)
-    for key in ours.keys() & {"data", "start_sha256"}:
-        if stored.get(key, mine := ours[key]) != mine:
-            found[key] = stored[key], mine
+    for key in {"data", "start_sha256"} & ours.keys() & stored.keys():
+        if stored[key] != ours[key]:
+            found[key] = stored[key], ours[key]
     if found:
         other = "; ".join(f"{key} {theirs} there, {mine} here"
                           for key, (theirs, mine) in found.items())

@@ -1,6 +1,8 @@
 """What a study says that it will take, before it runs."""
 
 import io
+import mmap
+import os
 import re
 
 import pytest
@@ -37,11 +39,34 @@ def test_a_step_is_timed(tmp_path, monkeypatch, capsys):
     assert re.search(r"time: about [\d.]+ seconds", capsys.readouterr().out)
 
 
+def hold(megabytes):
+    """Memory that is taken and given back to the system, which the heap would keep."""
+    with mmap.mmap(-1, megabytes << 20) as held:
+        for page in range(0, len(held), mmap.PAGESIZE):
+            held[page] = 1
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells peaks")
+def test_what_reading_the_data_took_hides_no_step(tmp_path, monkeypatch, capsys):
+    data, largest = make_shapes(tmp_path / "set"), []
+    monkeypatch.setattr(cost, "step_seconds", lambda run, loss: hold(400) or 1.0)
+    for spike in (0, 300, 2000):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n--width 16\n"))
+        hold(spike or 1)
+        assert run("train_cls", "--protocol", "smoke", "--data", data, "--plan", 1) == 0
+        largest.append(float(re.search(r"([\d.]+) GB for one", capsys.readouterr().out)[1]))
+    assert largest[1] == pytest.approx(largest[0], abs=0.11)
+    assert largest[2] > 2.1  # a run reads the data too
+
+
 def test_a_plan_of_a_wrong_row_is_refused(tmp_path, monkeypatch, capsys):
     data = make_streets(tmp_path / "set")
     monkeypatch.setattr("sys.stdin", io.StringIO("\n--width none\n"))
     assert "argument --width: invalid int" in refused(capsys, "train_seg", "--data", data,
                                                       "--plan", 1)
+    monkeypatch.setattr("sys.stdin", io.StringIO("--width 8\n--width '16\n"))
+    said = refused(capsys, "train_seg", "--data", data, "--plan", 1)
+    assert """line 2 on stdin, "--width '16": No closing quotation""" in said
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "--plan reads rows from stdin" in refused(capsys, "train_seg", "--data", data,
                                                      "--plan", 1)

@@ -1,5 +1,6 @@
 """The training loop: it learns, the same from the same seed; what it cannot go on with it says."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,9 +14,10 @@ import torch
 from conftest import one_error, result, run_seg
 
 import data
+import metrics
 import models
 import train_seg
-from lab import batches, cli, devices, engine, files, provenance
+from lab import batches, cli, cost, devices, engine, files, provenance
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_epoch_before(
@@ -112,6 +114,37 @@ def test_it_learns_and_adam_equals_the_plain_loop(tiny_root, tmp_path):
     first, second = result(tmp_path)["curve"]["loss"]
     assert first == pytest.approx(sum(losses[:3]) / 3, rel=1e-3)
     assert second == pytest.approx(sum(losses[3:]) / 3, rel=3e-3)  # 1.3e-3 on torch 2.11
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells peaks")
+def test_an_evaluation_takes_no_more_memory_than_is_planned(tmp_path):
+    """Else a run would end without memory, after its training, that --plan said is enough."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (32, 3, 128, 128), dtype=torch.uint8)
+    masks = torch.randint(0, 5, (32, 128, 128), dtype=torch.uint8)
+    split = batches.Split(images, masks, torch.arange(32) // 2)
+    drawn = batches.Dataset("drawn", tuple("abcde"), (0.5,) * 3, (0.2,) * 3, "", True, split, split)
+    cfg = train_seg.Config(width=4, hourglasses=1, batch=2, device="cpu", out=str(tmp_path))
+    run = engine.Run(cfg, drawn, models.build)
+    evaluate = lambda: run.evaluate(
+        metrics.segmentation, lambda logits, split: metrics.score_histograms(
+            logits.softmax(1), split.targets, split.photos))
+    few = split.map(lambda tensor: tensor[:2])
+    run.data = dataclasses.replace(drawn, train=few, test=few)
+    evaluate()  # what libraries take at first
+    run.data = drawn
+    cost.forget_peak(run.device)
+    before = cost.memory(run.device)
+    evaluate()
+    assert cost.memory(run.device) - before < batches.logits_memory(drawn)
+
+
+def test_logits_are_those_of_the_batches(tiny_root):
+    dataset, model = data.load_facades(tiny_root, size=32), models.HourGlass(1, 4)
+    whole = engine.predict(model, dataset, dataset.train, 4, torch.float32)  # of 6 images
+    parts = [engine.forward(model.eval(), images, torch.float32)
+             for images, _ in batches.in_order(dataset, dataset.train, 4)]
+    assert whole.is_contiguous() and torch.equal(whole, torch.cat(parts))
 
 
 def test_the_head_gives_float32_logits_whatever_the_precision():

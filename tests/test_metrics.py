@@ -166,6 +166,50 @@ def test_histograms_per_photo_give_the_average_precision_of_any_resample():
         assert binned.tolist() == pytest.approx(exact, abs=2e-3)
 
 
+def histograms_at_once(probs, target, group):
+    """As records had them computed until it was done class by class."""
+    classes, bins = probs.shape[1], metrics.BINS
+    groups, which = group.unique(return_inverse=True)
+    of_score = ((torch.logit(probs, eps=1e-6) + 12) * (bins / 24)).long().clamp_(0, bins - 1)
+    each, target = torch.arange(classes).view(1, -1, 1, 1), target.unsqueeze(1)
+    cell = ((which.view(-1, 1, 1, 1) * classes + each) * bins + of_score) * 2 + (target == each)
+    cells = len(groups) * classes * bins * 2
+    cell = cell.where(target != metrics.VOID, cells)
+    counts = torch.bincount(cell.reshape(-1), minlength=cells)[:cells]
+    counts = counts.reshape(len(groups), classes, bins, 2).to(torch.int32).numpy()
+    return {"hits": counts[..., 1], "misses": counts[..., 0], "groups": groups.numpy()}
+
+
+def average_precision_at_once(scores, positive):
+    hits, misses = scores[positive].sort().values, scores[~positive].sort().values
+    thresholds, counts = torch.unique_consecutive(hits, return_counts=True)
+    true = counts.flip(0).cumsum(0).flip(0)
+    false = len(misses) - torch.searchsorted(misses, thresholds)
+    return (counts.double() / len(hits) * (true.double() / (true + false))).sum().item()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(6, 5, 64, 64), (5, 3, 7, 9), (3, 2, 1, 1)])
+@pytest.mark.parametrize("void", [0, 0.3])
+def test_what_is_computed_in_parts_has_the_bits_of_the_whole(layout, shape, void):
+    torch.manual_seed(0)
+    logits = (torch.randn(shape) * 4).to(memory_format=layout)
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:])).to(torch.uint8)
+    target = target.where(torch.rand(target.shape) >= void, metrics.VOID)
+    probs, photo = logits.softmax(1), torch.tensor([9, 4, 9, 7, 4, 9])[:len(logits)]
+    found, whole = (compute(probs, target, photo)
+                    for compute in (metrics.score_histograms, histograms_at_once))
+    for name, expected in whole.items():
+        assert found[name].dtype == expected.dtype and np.array_equal(found[name], expected), name
+    for scores in (logits, probs, (probs * 50).round()):  # the last with ties
+        of_class = metrics.average_precisions(scores, target)
+        for c, value in enumerate(of_class):
+            labelled = target != metrics.VOID
+            hits = (target == c)[labelled]
+            expected = average_precision_at_once(scores[:, c][labelled], hits)
+            assert value == expected if hits.any() else math.isnan(value)
+
+
 def test_binned_average_precision_by_hand():
     hits, misses = np.zeros((2, 4)), np.zeros((2, 4))
     hits[0, 3], hits[0, 1], misses[0, 1] = 2, 2, 2  # two hits, then two of each mixed
