@@ -102,9 +102,10 @@ def test_the_table_has_no_report(example):
     rows, switches = table.split("**One switch at a time.**")
     assert rows.count("\n| ") == len(study.REPORT["table2"])
     assert "streets, 32 pixels a side." in rows and "`stride-no-act` | `no-act`" in switches
-    claims = (folder / "claims.md").read_text()
-    judged = re.findall(r"^\| (C\d+) ", claims, re.M)
+    verdicts, needs = (folder / "claims.md").read_text().split("**What the undecided would take**")
+    judged = re.findall(r"^\| (C\d+) ", verdicts, re.M)
     assert judged == ["C7", "C8", "C9", "C10", "C11", "C12"]
+    assert set(re.findall(r"^\| (C\d+) ", needs, re.M)) <= {*judged}
     plan = (folder / "plan.txt").read_text()
     assert "15 rows of 2 runs, 2 epochs each" in plan and "time: about" in plan
     pictures = {path.name for path in folder.glob("*.png")}
