@@ -219,8 +219,11 @@ def render_attention(rows: dict, equivariance: dict) -> str:
                "mass, tied": "mass_tied", "others called Trouser, with a 3": "trouser_with_three",
                "without": "trouser_without_three"}
 
+    alone = {}
+
     def own(seeds: dict[int, dict], key: str, signed: bool = False) -> str:
         one = estimates.own_value(seeds, key)
+        alone[key] = alone.get(key) or one.seeds_alone
         # seeds that all found the same tell no interval
         half = one.half if one.half > 1e-9 else math.nan
         return number(one.mean, half, signed) if one.values else "not measured"
@@ -230,10 +233,8 @@ def render_attention(rows: dict, equivariance: dict) -> str:
     for row, seeds in rows.items():
         cells = [own(seeds, key) for key in columns.values()]
         lines.append(f"| `{row}` | " + " | ".join(cells) + f" | {len(seeds)} |")
-    alone = [heading for heading, key in columns.items()
-             if any(estimates.own_value(seeds, key).seeds_alone for seeds in rows.values())]
-    kept_none = " and of ".join([*(f'"{heading}"' for heading in alone), "coinciding errors",
-                                 "equivariance"])
+    kept_none = " and of ".join([*(f'"{heading}"' for heading, key in columns.items()
+                                   if alone.get(key)), "coinciding errors", "equivariance"])
     lines.append("\nPercent, mean over seeds. ± is the 95 % interval, over seeds and over the "
                  f"test grids; of {kept_none} runs keep no value of each grid, so there it is over "
                  "seeds alone, and missing where all seeds found the same. Chance is 25 for the "
@@ -371,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
                        f"show: `make help` says what runs them")
     if args.what == "claims":
         found = judge(rows_of)
-        text = render_claims(found) + claims.render_needs(CLAIMS, found, rows_of, estimate)
+        text = render_claims(found) + claims.render_needs(CLAIMS, found, rows_of)
         if note := records.caveat(made_of):
             text += f"\n{note}\n"
     elif args.what == "attention":

@@ -36,7 +36,7 @@ def judge(claims: Claims, tables: dict[str, dict], estimate: Estimator) -> dict[
                 inside, outside = map(float, evidence(np.float64(one.mean), one.error, low, high))
             effects.append({"row": row, "other": other, "metric": key, "mean": one.mean,
                             "half": one.half, "seeds": len(one.values), "inside": inside,
-                            "outside": outside})
+                            "outside": outside, "estimate": one})
         p, holds = claim(*(np.array([effect[side] for effect in effects])
                            for side in ("inside", "outside")))
         found[name] = {"effects": effects, "p": float(p),
@@ -113,18 +113,18 @@ def needed(one: Estimate, low: float, high: float, inside: bool, rows: int, clai
                               key=lambda seeds: distance >= effect(seeds, spread)), 1
 
 
-def needs(effects: list[tuple], inside: bool, claims: int, tables: dict[str, dict],
-          estimate: Estimator) -> tuple[tuple[float, float] | None, dict[str, dict]]:
+def needs(judged: dict, parts: list[tuple], claims: int,
+          tables: dict[str, dict]) -> tuple[tuple[float, float] | None, dict[str, dict]]:
     """What would show one of so many claims, see `needed`, and the rows {row: runs} that it is of.
 
     To be supported, every effect must lie inside its range: the hardest counts, and all rows. To be
     contradicted, one must lie outside: the easiest counts, and the rows that it compares.
     """
-    found = []
-    for table, row, other, key, low, high in effects:
+    found, inside = [], judged["leans"] == "supported"
+    for effect, (table, row, other, _, low, high) in zip(judged["effects"], parts):
         rows, compared = tables.get(table, {}), [name for name in (row, other) if name]
-        take = needed(estimate(rows, row, other, "test", key), low, high, inside, len(rows),
-                      claims * (1 if inside else len(effects)), len(compared))
+        take = needed(effect["estimate"], low, high, inside, len(rows),
+                      claims * (1 if inside else len(parts)), len(compared))
         found.append((take, {name: rows.get(name, {}) for name in compared}))
     told = sorted((one for one in found if one[0]), key=lambda one: one[0])
     if not told or inside and len(told) < len(found):
@@ -134,13 +134,13 @@ def needs(effects: list[tuple], inside: bool, claims: int, tables: dict[str, dic
     return told[-1][0], {name: runs for _, compared in found for name, runs in compared.items()}
 
 
-def render_needs(claims: Claims, found: dict[str, dict], tables: dict[str, dict],
-                 estimate: Estimator) -> str:
+def render_needs(claims: Claims, found: dict[str, dict], tables: dict[str, dict]) -> str:
     """What each undecided claim would take, as Markdown; nothing where no records tell."""
     lines = []
     for name, one in found.items():
-        take, rows = needs(claims[name][1], one["leans"] == "supported", len(found), tables,
-                           estimate) if one["verdict"] == "undecided" else (None, {})
+        if one["verdict"] != "undecided":
+            continue
+        take, rows = needs(one, claims[name][1], len(found), tables)
         if take is None:
             continue
         seeds, times = take

@@ -219,7 +219,7 @@ def needed(tables, estimate, low=0.0, high=math.inf):
     """The cells that say what claim X would take; none if it is decided."""
     asked = {"X": ("a is better", [("t", "a", "b", "k", low, high)])}
     found = claims.judge(asked, tables, estimate)
-    text = claims.render_needs(asked, found, tables, estimate)
+    text = claims.render_needs(asked, found, tables)
     return [[cell.strip() for cell in line.split("|")[2:-1]]
             for line in text.splitlines() if line.startswith("| X ")]
 

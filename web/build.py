@@ -111,7 +111,8 @@ def verdicts(tables: dict[str, dict], protocol: str) -> list[dict]:
     return [{"claim": name, "says": study.CLAIMS[name][0], "verdict": one["verdict"],
              "leans": one["leans"], "p": one["p_holm"],
              "command": f"make claims PROTOCOL={protocol}",
-             "effects": [{**effect, "low": part[4], "high": part[5], "table": part[0]}
+             "effects": [{**{key: effect[key] for key in effect if key != "estimate"},
+                          "low": part[4], "high": part[5], "table": part[0]}
                          for effect, part in zip(one["effects"], study.CLAIMS[name][1])]}
             for name, one in found.items()]
 
