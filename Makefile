@@ -345,7 +345,7 @@ page: | $(ENV)
 
 # what it cannot find (chromium, playwright) it skips, and says so
 test-page: page
-	PAGE=build/page $(PY) -m pytest -q tests/test_page.py tests/test_page_browser.py
+	PAGE=build/page $(PY) -m pytest -q $(addprefix tests/test_page,.py _browser.py _use.py)
 
 # the page's surrogates: each way to halve the image, frozen and from scratch, with and without the tie
 page/frozen := --frozen --epochs 1 --lr 1e-2

@@ -54,28 +54,32 @@ def span(low: float, high: float) -> str:
     return f"{low:g} to {high:g}"
 
 
-def render(claims: Claims, found: dict[str, dict]) -> str:
-    """The verdicts as Markdown: a line for each claim and for each of up to FEW effects.
+def deciding_first(one: dict, parts: list[tuple]) -> list[tuple[dict, tuple]]:
+    """A judged claim's effects that were run, each with its part of the claim.
 
-    Its first effect is the one that decides: the weakest link of what leans to be supported, the
-    strongest objection to what leans to be contradicted.
+    The one that decides comes first: the weakest link of what leans to be supported, the strongest
+    objection to what leans to be contradicted.
     """
+    run = [pair for pair in zip(one["effects"], parts) if pair[0]["seeds"]]
+    if one["leans"] == "supported":
+        return sorted(run, key=lambda pair: -pair[0]["inside"])
+    return sorted(run, key=lambda pair: (pair[0]["outside"], -abs(pair[0]["mean"])))
+
+
+def render(claims: Claims, found: dict[str, dict]) -> str:
+    """The verdicts as Markdown: a line for each claim and for each of up to FEW effects."""
     lines = ["| claim | effect (points) | 95 % interval | range claimed | seeds | p (Holm) "
              "| verdict |", "|---|---|--:|--:|--:|--:|---|"]
     for name, one in found.items():
-        both = [*zip(one["effects"], claims[name][1])]
-        run = [(effect, part) for effect, part in both if effect["seeds"]]
+        parts = claims[name][1]
+        run = deciding_first(one, parts)
         if not run:
-            ranges = dict.fromkeys(span(*part[4:]) for _, part in both)
+            ranges = dict.fromkeys(span(*part[4:]) for part in parts)
             lines.append(f"| {name} {claims[name][0]} | not run | | {', '.join(ranges)} | 0 | | "
                          f"{one['verdict']} |")
             continue
-        if one["leans"] == "supported":
-            run.sort(key=lambda pair: -pair[0]["inside"])
-        else:
-            run.sort(key=lambda pair: (pair[0]["outside"], -abs(pair[0]["mean"])))
         ends = f"| {one['p_holm']:.3f} | **{one['verdict']}** |"
-        many = f" (one of {len(both)})" if len(both) > FEW else ""
+        many = f" (one of {len(parts)})" if len(parts) > FEW else ""
         for i, (effect, part) in enumerate(run[:1] if many else run):
             low, high = effect["mean"] - effect["half"], effect["mean"] + effect["half"]
             reach = "" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"

@@ -127,6 +127,7 @@ def test_the_tables_are_those_of_the_study():
 def fresh(tmp_path, monkeypatch):
     """An empty folder to build into, and no need for records: those are slow."""
     monkeypatch.setattr(build, "tables", lambda folder: {})
+    monkeypatch.chdir(tmp_path)  # where the runtime is kept
     return tmp_path
 
 
@@ -139,7 +140,7 @@ def test_without_npm_one_line_says_so(fresh, monkeypatch, capsys):
     assert built(fresh / "page") == 2 and not (fresh / "page").exists()
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("error: no npm, which fetches onnxruntime-web")
-    assert f"into {fresh / 'runtime'}/ by hand" in said[0]
+    assert "into build/runtime/ by hand" in said[0]
 
 
 def test_an_npm_that_cannot_get_it_and_a_wrong_runtime(fresh, monkeypatch, capsys):
@@ -150,10 +151,10 @@ def test_an_npm_that_cannot_get_it_and_a_wrong_runtime(fresh, monkeypatch, capsy
     assert built(fresh / "page") == 2
     assert "npm cannot get onnxruntime-web" in (said := capsys.readouterr().err)
     assert "(npm error code E404)" in said and len(said.splitlines()) == 1
-    assert f"into {fresh / 'runtime'}/ by hand" in said
+    assert "into build/runtime/ by hand" in said
     monkeypatch.setattr(build, "from_npm", lambda *_: dict.fromkeys(build.RUNTIME, b"other"))
     assert built(fresh / "page") == 2 and "has other files than" in capsys.readouterr().err
-    assert not (fresh / "page").exists() and not (fresh / "runtime").exists()
+    assert not (fresh / "page").exists() and not (fresh / "build").exists()
 
 
 def test_the_site_is_whole_and_replaced_as_a_whole(fresh, monkeypatch, capsys):
@@ -171,7 +172,11 @@ def test_the_site_is_whole_and_replaced_as_a_whole(fresh, monkeypatch, capsys):
             *(f"runtime/{name}" for name in content)} <= made
     assert "old.html" not in made and not any(name.endswith(".py") for name in made)
     monkeypatch.setattr(build, "from_npm", None)  # an earlier build's runtime is used again
-    assert built(fresh / "page") == 0
+    (fresh / "link").symlink_to(fresh / "page")  # a link stays one
+    (fresh / "page/old.html").write_text("of an earlier build")
+    assert built(fresh / "link") == 0 and (fresh / "link").is_symlink()
+    assert not (fresh / "page/old.html").exists()
+    assert {path.name for path in fresh.iterdir()} == {"build", "page", "link"}
 
 
 def test_what_is_no_page_is_not_replaced(fresh, monkeypatch, capsys):

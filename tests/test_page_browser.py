@@ -1,18 +1,8 @@
-"""The page in headless Chromium, against ONNX Runtime and predict.py: `make test-page`.
+"""The page in headless Chromium, against ONNX Runtime and predict.py: `make test-page`."""
 
-It needs PAGE, the folder that `make page` built, Debian's chromium and the package playwright.
-"""
-
-import base64
 import functools
-import http.server
-import io
 import json
-import os
-import shutil
-import threading
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import onnxruntime
@@ -20,14 +10,7 @@ import pytest
 from PIL import Image
 
 import predict
-
-PAGE = os.environ.get("PAGE")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if not PAGE:
-    pytest.skip("PAGE names no built page: make test-page does", allow_module_level=True)
-if not CHROMIUM:
-    pytest.skip("no chromium (Debian: apt-get install chromium)", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install it)")
+from tests.browsing import PAGE, browser, content, drop, open_page, site  # noqa: F401 -- fixtures
 
 ROOT = Path(__file__).parent.parent
 INDEX = json.loads((Path(PAGE) / "models/index.json").read_text())
@@ -35,55 +18,6 @@ FOUND = """() => { const one = globalThis.probe?.shift?.found();
   return one && {...one, grid: [...one.grid], answers: one.answers.map((a) => a &&
     {probabilities: a.probabilities, maps: [...a.maps]})} }"""
 DOWNS = ("maxpool", "stride", "blurpool")
-
-
-class Files(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The page's address on a static server, below a path of two folders."""
-    folder = tmp_path_factory.mktemp("host")
-    (folder / "some").mkdir()
-    (folder / "some/where").symlink_to(Path(PAGE).resolve())
-    serve = functools.partial(Files, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/some/where/"
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-
-
-@pytest.fixture
-def open_page(browser, site):
-    """Opens a part of the page; at the end: no error on the console, no request elsewhere."""
-    faults, pages = [], []
-
-    def open_part(part="", **how):
-        how = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **how}
-        page = browser.new_context(**how).new_page()
-        pages.append(page)
-        page.set_default_timeout(90_000)
-        page.on("console", lambda m: m.type in ("error", "warning") and faults.append(m.text))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("requestfailed", lambda request: faults.append(f"failed {request.url}"))
-        page.on("request", lambda request: request.url.startswith(("blob:", "data:"))
-                or urlsplit(request.url).netloc == urlsplit(site).netloc
-                or faults.append(f"elsewhere {request.url}"))
-        page.goto(f"{site}{part}")
-        return page
-
-    yield open_part
-    for page in pages:
-        page.context.close()
-    assert not faults
 
 
 # ---- the first part ----
@@ -236,12 +170,6 @@ def test_it_stays_live(open_page, capsys):
 
 # ---- the second ----
 
-def content(image, kind, **how):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **how)
-    return buffer.getvalue()
-
-
 def photos():
     """Files of other sizes and kinds than the network's, one turned by its EXIF tag."""
     names = sorted((ROOT / "web/images/facades").iterdir())
@@ -253,16 +181,6 @@ def photos():
             "tall.jpg": content(images[2].resize((200, 450)), "JPEG", quality=90),
             "small.png": content(images[3].resize((90, 70)), "PNG"),
             "turned.jpg": content(images[4].resize((480, 320)), "JPEG", quality=92, exif=exif)}
-
-
-def drop(page, name, content, kind):
-    """Drop a file onto the page, as a hand would."""
-    transfer = page.evaluate_handle("""([name, content, kind]) => {
-      const transfer = new DataTransfer();
-      const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
-      transfer.items.add(new File([bytes], name, {type: kind}));
-      return transfer; }""", [name, base64.b64encode(content).decode(), kind])
-    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
 
 
 def test_masks_are_those_of_predict(open_page, tmp_path, capsys):

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import study
-from lab import cli, records
+from lab import claims, cli, records
 from lab.fetch import npm_package, read_tar
 from lab.files import BadInput, jsonable, write_atomic
 
@@ -96,7 +96,6 @@ def table(folder: Path, protocol: str, name: str) -> tuple[dict, dict]:
         shown.append({"row": row, "label": label, "base": row == base, "columns": columns,
                       "seeds": len(runs),
                       "parameters": one.get("parameters"),
-                      "multiply_adds": one.get("multiply_adds"),
                       "command": f"make {name}/{row} PROTOCOL={protocol}"})
     made_of = records.each_of(rows)
     headings = {column: heading for column, (heading, _, _) in study.COLUMNS[name].items()}
@@ -106,15 +105,17 @@ def table(folder: Path, protocol: str, name: str) -> tuple[dict, dict]:
 
 
 def verdicts(tables: dict[str, dict], protocol: str) -> list[dict]:
-    """The claims, each with its effects, intervals and verdict."""
-    found = study.judge(tables)
-    return [{"claim": name, "says": study.CLAIMS[name][0], "verdict": one["verdict"],
-             "leans": one["leans"], "p": one["p_holm"],
-             "command": f"make claims PROTOCOL={protocol}",
-             "effects": [{**{key: effect[key] for key in effect if key != "estimate"},
-                          "low": part[4], "high": part[5], "table": part[0]}
-                         for effect, part in zip(one["effects"], study.CLAIMS[name][1])]}
-            for name, one in found.items()]
+    """The claims, each with its verdict and its effects, the one that decides first."""
+    found = []
+    for name, one in study.judge(tables).items():
+        says, parts = study.CLAIMS[name]
+        pairs = claims.deciding_first(one, parts) or zip(one["effects"], parts)
+        shown = ("row", "other", "metric", "mean", "half", "seeds")
+        found.append({"claim": name, "says": says, "verdict": one["verdict"], "p": one["p_holm"],
+                      "command": f"make claims PROTOCOL={protocol}",
+                      "effects": [{**{key: effect[key] for key in shown},
+                                   "low": part[4], "high": part[5]} for effect, part in pairs]})
+    return found
 
 
 def tables(folder: Path) -> dict:
@@ -157,11 +158,12 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"{SOURCE}/models has no index.json: make page-networks PROTOCOL=desk "
                        f"writes it")
     files = {f"runtime/{name}": content
-             for name, content in runtime(out.parent / "runtime").items()}
+             for name, content in runtime(Path("build/runtime")).items()}
     files["data/tables.json"] = json.dumps(jsonable(tables(Path(args.results)))).encode()
     for path in sorted(SOURCE.rglob("*")):
         if path.is_file() and path.suffix not in (".py", ".pyc"):
             files[path.relative_to(SOURCE).as_posix()] = path.read_bytes()
+    out = out.resolve()  # a link stays, what it leads to is replaced
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".page-") as folder:
         made = Path(folder, "page")
@@ -172,8 +174,8 @@ def main(argv: list[str] | None = None) -> None:
             shutil.move(out, Path(folder, "before"))
         shutil.move(made, out)
     size = sum(map(len, files.values()))
-    print(f"page {out}/, {len(files)} files, {size / 1e6:.1f} MB; to see it: "
-          f"python -m http.server --directory {out}")
+    print(f"page {args.out}/, {len(files)} files, {size / 1e6:.1f} MB; to see it: "
+          f"python -m http.server --directory {args.out}")
 
 
 if __name__ == "__main__":

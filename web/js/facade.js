@@ -1,17 +1,19 @@
 // The second part: a photo of a facade, and over it what the network makes of each pixel.
 
 import { predict, prepare } from "./nets.js";
+import { works } from "./page.js";
 import { palettePng } from "./png.js";
 import { channelsFirst, likeliest, maskTo, toSize } from "./resample.js";
 
-export const PHOTOS = ["0057", "0024", "0035", "0044", "0031", "0046"].map(
+const PHOTOS = ["0057", "0024", "0035", "0044", "0031", "0046"].map(
   (number) => `images/facades/eecs442_${number}.jpg`,
 );
 const LIMIT = 1 << 26; // pixels, as in lab/files.py
+const SEEN = 1280; // pixels a side that are drawn, at most: a phone's photo has ten times as many
 const byId = (id) => document.getElementById(id);
 
 let about; // the network's entry in the index
-let shown = null; // {name, bitmap, width, height, mask}
+let shown = null; // {name, view, width, height, mask, small}: see open()
 let newest = 0;
 
 function fail(message) {
@@ -19,7 +21,7 @@ function fail(message) {
   byId("facade-error").hidden = !message;
 }
 
-// The pixels of a file, upright, without colour profile, as predict.py reads it.
+// The pixels of a file, upright, without colour profile, as predict.py reads it; and as a canvas.
 async function decoded(blob, name) {
   try {
     const bitmap = await createImageBitmap(blob, {
@@ -48,6 +50,18 @@ async function decoded(blob, name) {
   }
 }
 
+// The same no larger than what is shown of it.
+function reduced(canvas) {
+  const scale = Math.min(1, SEEN / Math.max(canvas.width, canvas.height));
+  const made = document.createElement("canvas");
+  made.width = Math.max(1, Math.round(canvas.width * scale));
+  made.height = Math.max(1, Math.round(canvas.height * scale));
+  const context = made.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(canvas, 0, 0, made.width, made.height);
+  return made;
+}
+
 // Decodes, stretches, predicts, brings the mask back, and shows it all.
 async function open(blob, name) {
   const mine = ++newest,
@@ -63,7 +77,9 @@ async function open(blob, name) {
     const small = likeliest(outputs.logits.data, classes.length, positions);
     const mask = maskTo(small, size, width, height);
     if (mine !== newest) return; // another photo came in the meantime
-    shown = { name, canvas, width, height, mask };
+    shown = { name, view: reduced(canvas), width, height, mask, small };
+    works("facade");
+    describe();
     draw();
     const all = performance.now() - start;
     byId("facade-time").textContent =
@@ -83,41 +99,51 @@ function seen() {
 }
 
 function draw() {
-  const { canvas, width, height, mask } = shown,
-    target = byId("photo");
-  const alpha = 2.55 * byId("opacity").value,
+  const { view, small } = shown,
+    { size, palette } = about,
+    target = byId("photo"),
     visible = seen();
-  [target.width, target.height] = [width, height];
-  const layer = new ImageData(width, height),
-    counts = about.classes.map(() => 0);
-  const values = new Uint32Array(layer.data.buffer); // little-endian: alpha, blue, green, red
-  const colours = about.palette.map(
-    ([r, g, b], c) => (((visible[c] ? alpha : 0) << 24) | (b << 16) | (g << 8) | r) >>> 0,
-  );
-  for (let i = 0; i < mask.length; i++) {
-    values[i] = colours[mask[i]];
-    counts[mask[i]]++;
-  }
+  const alpha = Math.round(2.55 * byId("opacity").value);
+  const layer = new ImageData(size, size);
+  small.forEach((c, i) => layer.data.set([...palette[c], visible[c] ? alpha : 0], 4 * i));
   const over = document.createElement("canvas");
-  [over.width, over.height] = [width, height];
+  over.width = over.height = size;
   over.getContext("2d").putImageData(layer, 0, 0);
+  [target.width, target.height] = [view.width, view.height];
   const context = target.getContext("2d");
-  context.drawImage(canvas, 0, 0);
-  context.drawImage(over, 0, 0);
+  context.drawImage(view, 0, 0);
+  context.imageSmoothingEnabled = false;
+  context.drawImage(over, 0, 0, view.width, view.height);
+  byId("opacity-value").textContent = `${byId("opacity").value} %`;
+}
+
+// The share of each class in the photo's pixels, beside the classes and in words.
+function describe() {
+  const counts = about.classes.map(() => 0);
+  for (const c of shown.mask) counts[c]++;
+  const shares = counts.map((count) => `${((100 * count) / shown.mask.length).toFixed(1)} %`);
   byId("legend")
     .querySelectorAll("output")
     .forEach((output, c) => {
-      output.textContent = `${((100 * counts[c]) / mask.length).toFixed(1)} %`;
+      output.textContent = shares[c];
     });
-  byId("opacity-value").textContent = `${byId("opacity").value} %`;
+  const words = about.classes.map((name, c) => `${name} ${shares[c]}`);
+  byId("photo").setAttribute("aria-label", `${shown.name} and its mask: ${words.join(", ")}`);
   byId("download").disabled = false;
 }
 
 async function download() {
-  const blob = await palettePng(shown.mask, shown.width, shown.height, about.palette);
+  const { name, mask, width, height } = shown;
+  let blob;
+  try {
+    blob = await palettePng(mask, width, height, about.palette);
+  } catch (error) {
+    fail(`The mask cannot be written here: ${error.message}`);
+    return;
+  }
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
-  link.download = `${shown.name.replace(/\.[^.]*$/, "")}.png`;
+  link.download = `${name.replace(/\.[^.]*$/, "")}.png`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
@@ -162,9 +188,9 @@ export async function startFacade(index) {
     byId("photos").append(button);
   });
   listen();
-  await prepare(0, about.file);
   // for the console, and for tests
   globalThis.probe = { ...globalThis.probe, facade: { shown: () => shown } };
+  await prepare(0, about.file);
   if (!newest) await take(PHOTOS[0]);
 }
 

@@ -34,9 +34,11 @@ export function compose(garment, digits, x, y, roll = [0, 0]) {
   return rolled(grid, ...roll);
 }
 
+// A position on the grid, whose borders meet.
+export const wrap = (value) => ((value % SIDE) + SIDE) % SIDE;
+
 export function rolled(grid, right, down) {
   const result = new Uint8Array(grid.length);
-  const wrap = (value) => ((value % SIDE) + SIDE) % SIDE;
   for (let row = 0; row < SIDE; row++) {
     for (let column = 0; column < SIDE; column++) {
       result[wrap(row + down) * SIDE + wrap(column + right)] = grid[row * SIDE + column];
@@ -46,7 +48,7 @@ export function rolled(grid, right, down) {
 }
 
 // Both halvings keep one position in two: moves by a multiple of this move features by whole ones.
-export const STRIDE = 4;
+const STRIDE = 4;
 export const isWhole = (x, y, roll) =>
   (x + roll[0]) % STRIDE === 0 && (y + roll[1]) % STRIDE === 0;
 

@@ -17,7 +17,7 @@ function show(name) {
   }
   if (!started.has(name)) {
     started.add(name);
-    index.then((found) => parts[name](found)).catch(fail);
+    index.then((found) => parts[name](found)).catch((error) => fail(name, error));
   }
 }
 
@@ -26,10 +26,13 @@ index
   .then((found) => {
     document.getElementById("bytes").textContent = `${(found.bytes / 1e6).toFixed(1)} MB`;
   })
-  .catch(fail);
+  .catch(() => {}); // the part that is shown says so
 
-const named = () => (location.hash.slice(1) in parts ? location.hash.slice(1) : "shift");
+const named = () =>
+  Object.hasOwn(parts, location.hash.slice(1)) ? location.hash.slice(1) : "shift";
 addEventListener("hashchange", () => show(named()));
+// or the browser would leave the page for a file that is dropped on it
+for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault());
 const tabs = Object.keys(parts).map((part) => document.getElementById(`tab-${part}`));
 tabs.forEach((tab, i) => {
   tab.addEventListener("click", () => {

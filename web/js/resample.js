@@ -20,9 +20,9 @@ function coefficients(from, to) {
   });
 }
 
-// pixels: bytes (height, width, step), of which the first three of each pixel count.
+// pixels: bytes (height, width, 4), of which the first three of each pixel count.
 // Returns RGB bytes (size, size, 3): columns first, then rows, rounded to bytes in between.
-export function toSize(pixels, width, height, size, step = 4) {
+export function toSize(pixels, width, height, size) {
   let across = new Uint8ClampedArray(height * size * 3);
   const half = 2 ** (BITS - 1);
   const columns = coefficients(width, size);
@@ -31,10 +31,10 @@ export function toSize(pixels, width, height, size, step = 4) {
       const { first, weights } = columns[column];
       for (let channel = 0; channel < 3; channel++) {
         let sum = half,
-          at = (row * width + first) * step + channel;
+          at = (row * width + first) * 4 + channel;
         for (const weight of weights) {
           sum += pixels[at] * weight;
-          at += step;
+          at += 4;
         }
         across[(row * size + column) * 3 + channel] = sum >> BITS;
       }

@@ -1,17 +1,18 @@
 // The first part: a garment is moved, and three networks say what it is.
 
-import { CELL, SIDE, compose, isWhole, softmax } from "./grid.js";
+import { CELL, SIDE, compose, isWhole, softmax, wrap } from "./grid.js";
 import { drawBars, drawGrid, drawMap, tilesOf } from "./draw.js";
 import { predict, prepare } from "./nets.js";
-import { fail } from "./page.js";
+import { fail, onWidth, works } from "./page.js";
 import { drawTrace, summarise } from "./trace.js";
 
-export const DOWNS = [
+const DOWNS = [
   { down: "maxpool", name: "max-pool", what: "keeps the largest of 2x2" },
   { down: "stride", name: "stride", what: "skips every other position" },
   { down: "blurpool", name: "blur pool", what: "the largest, then a blur" },
 ];
 const LONGEST = 240; // moves that the trace keeps
+const PAUSE = 700; // ms without a move after which the answers are told to a screen reader
 const byId = (id) => document.getElementById(id);
 
 const state = {
@@ -31,7 +32,8 @@ let found = null; // the last answers
 let busy = false,
   stale = false,
   sliding = 0, // which slide goes on
-  era = 0; // what the trace is of
+  era = 0, // what the trace is of
+  telling = 0; // the timer of what is to be told
 
 const truth = () => state.garment % 10;
 const compound = () =>
@@ -58,7 +60,7 @@ function networkOf(down) {
 async function answer(i, grid) {
   const network = networkOf(DOWNS[i].down);
   if (!network) return null;
-  const { outputs, ms } = await predict(i, network.file, grid, [1, 1, SIDE, SIDE]);
+  const { outputs } = await predict(i, network.file, grid, [1, 1, SIDE, SIDE]);
   const from = network.head * classes.length,
     side = outputs.maps.dims[2];
   const part = (output, each) => output.data.slice(from * each, (from + classes.length) * each);
@@ -66,7 +68,6 @@ async function answer(i, grid) {
     probabilities: softmax(part(outputs.logits, 1)),
     maps: part(outputs.maps, side * side),
     side,
-    ms,
   };
 }
 
@@ -86,9 +87,10 @@ async function update() {
       answers = await Promise.all(DOWNS.map((_, i) => answer(i, grid)));
     } catch (error) {
       busy = stale = false;
-      fail(error);
+      fail("shift", error);
       return;
     }
+    works("shift");
     if (asked !== era) continue; // of another garment, digit or network
     found = { x, y, roll: [...roll], grid, answers };
     const last = trace.at(-1);
@@ -131,6 +133,7 @@ function render() {
     card.root.classList.toggle("missing", !one);
     if (!one) {
       card.verdict.textContent = "not on this page: only max-pool was trained so";
+      card.verdict.className = "verdict faint";
       return;
     }
     const said = one.probabilities.indexOf(Math.max(...one.probabilities));
@@ -147,6 +150,14 @@ function render() {
   summarise(byId("summary"), trace, DOWNS, classes);
   byId("trace-title").textContent =
     `How sure each one was that it is a ${classes[truth()]}, ` + "move by move";
+  clearTimeout(telling);
+  telling = setTimeout(tell, PAUSE);
+}
+
+// Where the garment is and what the networks say, for who cannot see it.
+function tell() {
+  const said = cards.map(({ verdict }, i) => `${DOWNS[i].name} ${verdict.textContent}`);
+  byId("spoken").textContent = `${byId("place").textContent}. ${said.join(", ")}`;
 }
 
 // ---- what the reader does ----
@@ -158,15 +169,20 @@ function restart() {
   update();
 }
 
-function move(right, down) {
-  const mode = document.querySelector("input[name=mode]:checked").value;
-  if (mode === "grid") {
-    state.roll = [(state.roll[0] + right + SIDE) % SIDE, (state.roll[1] + down + SIDE) % SIDE];
+const rolls = () => document.querySelector("input[name=mode]:checked").value === "grid";
+
+// Moves by so many pixels from where it was; false at a border, where that is no move.
+function move(right, down, from = state) {
+  const before = [state.x, state.y, ...state.roll].join();
+  if (rolls()) {
+    state.roll = [wrap(from.roll[0] + right), wrap(from.roll[1] + down)];
   } else {
-    state.x = Math.min(Math.max(state.x + right, 0), CELL);
-    state.y = Math.min(Math.max(state.y + down, 0), CELL);
+    state.x = Math.min(Math.max(from.x + right, 0), CELL);
+    state.y = Math.min(Math.max(from.y + down, 0), CELL);
   }
-  return update();
+  if ([state.x, state.y, ...state.roll].join() === before) return false;
+  update();
+  return true;
 }
 
 function home() {
@@ -174,37 +190,36 @@ function home() {
   restart();
 }
 
-// From cell to cell, pixel by pixel, as long as nothing else is done.
+// By a cell or to the farther border, pixel by pixel, as long as nothing else is done.
 async function slide() {
   const mine = ++sliding;
-  const grid = document.querySelector("input[name=mode]:checked").value === "grid";
-  const step = !grid && state.x === CELL ? -1 : 1;
-  for (let i = 0; i < CELL && sliding === mine; i++) {
+  const step = !rolls() && state.x > CELL / 2 ? -1 : 1;
+  for (let i = 0; i < CELL; i++) {
     while (busy && sliding === mine) await new Promise(requestAnimationFrame);
-    if (sliding === mine) move(step, 0);
+    if (sliding !== mine || !move(step, 0)) return;
   }
 }
 
 function listenToGrid() {
   const canvas = byId("grid");
-  let from = null;
+  let grip = null; // where the garment and the pointer were when it was taken
   canvas.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
     sliding++;
     canvas.setPointerCapture(event.pointerId);
-    from = [event.clientX, event.clientY];
+    const { x, y, roll } = state;
+    grip = { x, y, roll, pointer: [event.clientX, event.clientY] };
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (!from) return;
+    if (!grip) return;
     const pixel = canvas.getBoundingClientRect().width / SIDE;
-    const by = [event.clientX - from[0], event.clientY - from[1]].map((d) =>
-      Math.trunc(d / pixel),
+    const by = [event.clientX, event.clientY].map((at, i) =>
+      Math.trunc((at - grip.pointer[i]) / pixel),
     );
-    if (!by[0] && !by[1]) return;
-    from = [from[0] + by[0] * pixel, from[1] + by[1] * pixel];
-    move(...by);
+    move(...by, grip);
   });
   const end = () => {
-    from = null;
+    grip = null;
   };
   canvas.addEventListener("pointerup", end);
   canvas.addEventListener("pointercancel", end);
@@ -219,7 +234,16 @@ function listenToGrid() {
   });
 }
 
+// One of the tiles is a tab stop, the arrow keys go from it to the others.
 function tileButtons(box, tiles, names, choose) {
+  const inRow = 10; // as in style.css
+  box.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -inRow, ArrowDown: inRow }[event.key];
+    const next = box.children[[...box.children].indexOf(event.target) + step];
+    if (!step || !next) return;
+    event.preventDefault();
+    next.focus();
+  });
   tiles.forEach((tile, i) => {
     const button = document.createElement("button");
     const canvas = document.createElement("canvas");
@@ -233,16 +257,17 @@ function tileButtons(box, tiles, names, choose) {
   });
 }
 
-function mark(box, chosen) {
-  [...box.children].forEach((button, i) =>
-    button.setAttribute("aria-pressed", chosen.includes(i)),
-  );
+function mark(box, chosen, stop = chosen[0]) {
+  [...box.children].forEach((button, i) => {
+    button.setAttribute("aria-pressed", chosen.includes(i));
+    button.tabIndex = i === stop ? 0 : -1;
+  });
 }
 
 function choose(change) {
   Object.assign(state, change);
   mark(byId("garments"), [state.garment]);
-  mark(byId("digits"), state.digits);
+  mark(byId("digits"), state.digits, state.digits[state.slot]);
   mark(byId("slots"), [state.slot]);
   [...byId("slots").children].forEach((button, i) =>
     drawGrid(button.firstChild, digits[state.digits[i]], CELL),
@@ -323,7 +348,7 @@ export async function startShift(index) {
   byId("slide").addEventListener("click", slide);
   byId("back").addEventListener("click", home);
   byId("hints").open = innerWidth > 760;
-  addEventListener("resize", () => found && drawTrace(byId("trace"), trace, DOWNS));
+  onWidth(byId("trace"), () => found && drawTrace(byId("trace"), trace, DOWNS));
   listenToGrid();
   // for the console, and for tests
   globalThis.probe = {

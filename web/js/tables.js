@@ -1,7 +1,7 @@
 // The third part: both tables and the claims, out of the committed records.
 
 import { forest } from "./forest.js";
-import { load } from "./page.js";
+import { load, onWidth } from "./page.js";
 
 const byId = (id) => document.getElementById(id);
 const NAMES = {
@@ -16,7 +16,8 @@ const ABOUT = {
 };
 
 let all,
-  sorted = { column: null, down: true };
+  sorted = { column: null, down: true },
+  pinned = null; // the row whose detail stays, whatever is pointed at
 
 const signed = (value, always = true) =>
   value === null ? "" : (always && value >= 0 ? "+" : "") + value.toFixed(2).replace("-", "−");
@@ -111,21 +112,10 @@ const range = ({ low, high }) =>
       ? `at least ${minus(low)}`
       : `${minus(low)} to ${minus(high)}`;
 
-// Of a claim's effects the one that decides, as in lab/claims.py: the weakest link of what leans
-// to be supported, the strongest objection to what leans to be contradicted.
-function deciding({ effects, leans }) {
-  const run = effects.filter(({ mean }) => mean !== null);
-  const before = (a, b) =>
-    leans === "supported"
-      ? b.inside - a.inside
-      : a.outside - b.outside || Math.abs(b.mean) - Math.abs(a.mean);
-  return [...run].sort(before)[0] ?? effects[0];
-}
-
 function drawClaims(protocol) {
   const rows = all[protocol].claims
     .map((one) => {
-      const shown = deciding(one);
+      const [shown] = one.effects; // the one that decides comes first
       return `<tr tabindex="0" data-row="${one.claim}"><td>${one.claim} ${one.says}</td>
       <td class="words">${range(shown)}</td><td class="words">${effect(shown)}</td>
       <td>${one.p.toFixed(3)}</td><td class="verdict-${one.verdict}">${one.verdict}</td></tr>`;
@@ -145,20 +135,21 @@ function detail(key) {
   const [protocol, name] = current();
   const box = byId("detail"),
     code = (command) => `<p>Made by <code>${command}</code>
-    <button data-copy="${command}">Copy</button></p>`;
+    <button data-copy="${command}">Copy</button>
+    <button data-close ${pinned ? "" : "hidden"}>Close</button></p>`;
   if (name === "claims") {
     const one = all[protocol].claims.find(({ claim }) => claim === key);
     box.innerHTML =
-      `<b>${one.claim}</b> ${one.says}: <b>${one.verdict}</b><ul>` +
+      `<b>${one.claim}</b> ${one.says}: <b>${one.verdict}</b>${code(one.command)}<ul>` +
       one.effects
         .map((e) => `<li>${effect(e)}; ${e.seeds} seeds; claimed: ${range(e)}</li>`)
         .join("") +
-      `</ul>${code(one.command)}`;
+      "</ul>";
   } else {
     const { columns, rows } = all[protocol][name],
       row = rows.find((one) => one.row === key);
     box.innerHTML =
-      `<b>${row.label}</b><ul>` +
+      `<b>${row.label}</b>${code(row.command)}<ul>` +
       Object.entries(columns)
         .map(([column, text]) => {
           const own = Object.entries(row.columns[column].own);
@@ -168,11 +159,25 @@ function detail(key) {
           }</li>`;
         })
         .join("") +
-      `</ul>${code(row.command)}`;
+      "</ul>";
   }
   document
     .querySelectorAll("#table tr[data-row]")
     .forEach((line) => line.classList.toggle("chosen", line.dataset.row === key));
+}
+
+// A row's detail stays while the pointer or the focus goes elsewhere, to the button for one.
+function pin(row) {
+  pinned = row;
+  detail(row);
+}
+
+function unpin() {
+  pinned = null;
+  byId("detail").innerHTML =
+    '<span class="faint">Point at a row for its seeds and its command; click it, or press ' +
+    "Enter, to keep them here.</span>";
+  document.querySelector("#table tr.chosen")?.classList.remove("chosen");
 }
 
 function draw() {
@@ -180,8 +185,7 @@ function draw() {
   byId("plotted").hidden = name === "claims";
   if (name === "claims") drawClaims(protocol);
   else drawTable(protocol, name);
-  byId("detail").innerHTML =
-    '<span class="faint">Point at a row for its seeds and its command.</span>';
+  unpin();
 }
 
 function offerPlots() {
@@ -218,35 +222,62 @@ export async function startTables() {
       draw();
     });
   }
-  let width = innerWidth;
-  addEventListener("resize", () => {
-    if (innerWidth !== width && byId("table").clientWidth) draw();
-    width = innerWidth;
-  });
   offerPlots();
   const box = byId("table");
   const rowOf = (event) => event.target.closest("[data-row]")?.dataset.row;
-  for (const kind of ["mouseover", "focusin", "click"]) {
+  // not for a finger: the detail would come between it and the row before its click does
+  for (const [kind, points] of [
+    ["pointerover", ({ pointerType }) => pointerType !== "touch"],
+    ["focusin", ({ target }) => target.matches(":focus-visible")],
+  ]) {
     box.addEventListener(kind, (event) => {
       const row = rowOf(event);
-      if (row && row !== box.dataset.shown) {
-        box.dataset.shown = row;
-        detail(row);
-      }
+      if (row && !pinned && points(event)) detail(row);
     });
   }
   box.addEventListener("click", (event) => {
-    const key = event.target.closest("[data-sort]")?.dataset.sort;
-    if (!key) return;
-    sorted = { column: key, down: sorted.column === key ? !sorted.down : true };
-    box.dataset.shown = "";
-    draw();
+    const key = event.target.closest("[data-sort]")?.dataset.sort,
+      row = rowOf(event);
+    if (key) {
+      sorted = { column: key, down: sorted.column === key ? !sorted.down : true };
+      draw();
+      box.querySelector(`[data-sort="${key}"]`).focus(); // the button that was, is no more
+    } else if (row) {
+      if (row === pinned) unpin();
+      else pin(row);
+    }
   });
-  byId("detail").addEventListener("click", async (event) => {
-    const command = event.target.dataset.copy;
-    if (!command) return;
-    await navigator.clipboard.writeText(command).catch(() => {});
-    event.target.textContent = "Copied";
+  box.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !event.target.dataset.row) return;
+    pin(event.target.dataset.row);
+    byId("detail").querySelector("[data-copy]").focus();
+  });
+  const close = () => {
+    box.querySelector("tr.chosen")?.focus(); // while it is pinned: else that would show it again
+    unpin();
+  };
+  byId("tables").addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && pinned) close();
+  });
+  byId("detail").addEventListener("click", ({ target }) => {
+    if ("close" in target.dataset) close();
+    if (target.dataset.copy) copy(target);
   });
   draw();
+  onWidth(box, () => {
+    const kept = pinned;
+    draw();
+    if (kept) pin(kept);
+  });
+}
+
+// A page without https, or without leave, has no clipboard: then the command is there to be taken.
+async function copy(button) {
+  try {
+    await navigator.clipboard.writeText(button.dataset.copy);
+    button.textContent = "Copied";
+  } catch {
+    getSelection().selectAllChildren(button.parentElement.querySelector("code"));
+    button.textContent = "Selected: copy it with the keyboard";
+  }
 }
