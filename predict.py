@@ -66,7 +66,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="predictions", help="folder of the masks (predictions)")
     parser.add_argument("images", nargs="+", help="image files of any size")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name may be no UTF-8
     session, about = open_model(args.model)
     if "SYNTHETIC" in about.get("data", ""):
         print(f"NOTE: {args.model} was trained on {about['data']}", file=sys.stderr)

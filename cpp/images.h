@@ -27,6 +27,7 @@ using Error = std::runtime_error;
 
 inline void check_pixels(int64_t height, int64_t width) {
     if (height * width > 1 << 26) throw Error("has more than 64 million pixels");
+    if (std::max(height, width) > 65535) throw Error("has more than 65,535 pixels a side");
 }
 
 // ---- orientation ----
@@ -40,7 +41,8 @@ inline int exif_orientation(const std::string& exif) {
             value |= uint32_t(uint8_t(exif[at + i])) << 8 * (little ? i : bytes - 1 - i);
         return value;
     };
-    if (!little && !exif.starts_with("MM")) return 0;
+    const uint32_t mark = number(2, 2);  // Pillow takes it in either order of bytes
+    if (!little && !exif.starts_with("MM") || mark != 42 && mark != 42 << 8) return 0;
     const size_t directory = number(4, 4);
     for (uint32_t i = 0; i < number(directory, 2); i++) {
         const size_t entry = directory + 2 + 12 * i;
@@ -241,7 +243,7 @@ inline Tensor read_image(const std::string& path, int channels) {
     std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
     if (!file) throw Error("cannot be opened");
     const int first = std::fgetc(file.get());
-    std::rewind(file.get());
+    std::ungetc(first, file.get());  // a pipe cannot be rewound
     Tensor pixels;
     if (first == 0x89) pixels = read_png(file.get());
     else if (first == 0xff) pixels = read_jpeg(file.get());

@@ -51,9 +51,15 @@ void write_mask(const Tensor& mask, const std::vector<std::string>& palette, con
                                                 std::to_string(getpid()) + ".tmp");
     fs::remove(half);  // a link that someone put there would be followed
     Tensor values = mask.contiguous();
-    if (!png_image_write_to_file(&image, half.c_str(), 0, values.data_ptr(), 0, colours.data()))
-        throw Error(path.string() + ": " + image.message);
-    fs::rename(half, path);
+    try {
+        if (!png_image_write_to_file(&image, half.c_str(), 0, values.data_ptr(), 0, colours.data()))
+            throw Error(path.string() + ": " + image.message);
+        fs::rename(half, path);
+    } catch (const std::exception&) {
+        std::error_code ignored;
+        fs::remove(half, ignored);
+        throw;
+    }
 }
 
 // The file of each image's mask. An Error, before anything is written, where two would be one, or
@@ -80,12 +86,18 @@ std::vector<fs::path> targets_of(const std::vector<std::string>& images, const s
     return targets;
 }
 
-int number(const std::string& text) {  // 0 where it is none, which no description has
+double number(const std::string& text) {  // positive; 0 where it is none
     try {
-        return std::stoi(text);
+        const double value = std::stod(text);
+        return value > 0 && value < 1e9 ? value : 0;
     } catch (const std::exception&) {
         return 0;
     }
+}
+
+std::string first_line(const std::exception& error) {  // torch appends a stack trace
+    const std::string message = error.what();
+    return message.substr(0, message.find('\n'));
 }
 
 // ---- the model: a function of uint8 images (N, C, H, W), and what export.py says of it ----
@@ -136,14 +148,21 @@ void bench(const std::function<Tensor(const Tensor&)>& model, int channels, int 
 }
 
 int run(int argc, char** argv) {
-    if (argc < 3)
-        throw Error("usage: runner MODEL [--out FOLDER] IMAGES... | "
-                    "--bench SIZE SECONDS THREADS BATCH...");
+    const Error usage("usage: runner MODEL [--out FOLDER] IMAGES... | "
+                      "--bench SIZE SECONDS THREADS BATCH...");
+    if (argc < 3) throw usage;
     mallopt(M_MMAP_THRESHOLD, 1 << 30);  // keep large tensors' pages between passes
     mallopt(M_TRIM_THRESHOLD, 1 << 30);
     const long before = memory("VmRSS:");
     c10::InferenceMode inference;
-    auto [model, about] = load(argv[1]);
+    std::pair<std::function<Tensor(const Tensor&)>, Metadata> loaded;
+    try {
+        loaded = load(argv[1]);
+    } catch (const std::exception& error) {
+        throw Error(std::string(argv[1]) + " is no model that export.py made (" +
+                    first_line(error) + ")");
+    }
+    auto& [model, about] = loaded;
     const auto classes = split(about["classes"]), palette = split(about["palette"]);
     if (classes.empty()) throw Error(std::string(argv[1]) + " is no model that export.py made");
     const int channels = split(about["mean"]).size(), stride = number(about["stride"]);
@@ -157,14 +176,19 @@ int run(int argc, char** argv) {
     int first = 2;
     fs::path out = "predictions";
     if (std::string(argv[2]) == "--bench") {
-        if (argc < 7) throw Error("--bench wants SIZE SECONDS THREADS BATCH...");
-        at::set_num_threads(std::stoi(argv[5]));
-        std::vector<int> batches;
-        for (int i = 6; i < argc; i++) batches.push_back(std::stoi(argv[i]));
-        bench(model, channels, std::stoi(argv[3]), std::stod(argv[4]), batches, before);
+        std::vector<double> wanted;
+        for (int i = 3; i < argc; i++) wanted.push_back(number(argv[i]));
+        if (wanted.size() < 4 || *std::min_element(wanted.begin(), wanted.end()) <= 0 ||
+            std::fmod(wanted[0], stride))
+            throw Error("--bench wants SIZE SECONDS THREADS BATCH..., and of SIZE a multiple of " +
+                        std::to_string(stride));
+        at::set_num_threads(wanted[2]);
+        bench(model, channels, wanted[0], wanted[1], {wanted.begin() + 3, wanted.end()}, before);
         return 0;
     }
     if (std::string(argv[2]) == "--out" && argc > 4) out = argv[3], first = 4;
+    for (int i = first; i < argc; i++)  // a file of such a name is ./--name
+        if (std::string(argv[i]).starts_with("--")) throw usage;
     if (about["data"].find("SYNTHETIC") != std::string::npos)
         std::cerr << "NOTE: " << argv[1] << " was trained on " << about["data"] << "\n";
     const std::vector<std::string> images(argv + first, argv + argc);
@@ -175,8 +199,8 @@ int run(int argc, char** argv) {
         Tensor image;
         try {
             image = read_image(path, channels);
-        } catch (const Error& error) {
-            throw Error(path + ": " + error.what());
+        } catch (const std::exception& error) {
+            throw Error(path + ": " + first_line(error));
         }
         const Tensor pixels = to_size(image, size).permute({2, 0, 1}).contiguous();
         const Tensor logits = model(pixels.unsqueeze(0))[0];
@@ -200,10 +224,12 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     try {
-        return run(argc, argv);
-    } catch (const std::exception& error) {  // torch appends a stack trace: one line says it all
-        std::string message = error.what();
-        std::cerr << "error: " << message.substr(0, message.find('\n')) << "\n";
+        const int code = run(argc, argv);
+        if (!std::cout.flush() || std::fflush(stdout) || std::ferror(stdout))
+            throw Error("standard output cannot be written");
+        return code;
+    } catch (const std::exception& error) {
+        std::cerr << "error: " << first_line(error) << "\n";
         return 2;
     }
 }

@@ -10,9 +10,11 @@ import hashlib
 import io
 import math
 import os
+import struct
 import typing
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_LIMIT = 1 << 26  # pixels of an image
+SIDE_LIMIT = (1 << 16) - 1  # JPEG's; more would take much memory on the way to another size
 # Pillow knows more, and starts programs for some
 IMAGE_FORMATS = ("PNG", "JPEG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
 # modes that have a meaning here; LAB, say, or float has none
@@ -30,6 +33,9 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
+# the first row and column, and the steps, of each of the seven passes of an interlaced PNG
+ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2),
+         (1, 0, 2, 1))
 
 
 class BadInput(ValueError):
@@ -97,8 +103,8 @@ def shown(path: str | Path) -> str:
 def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """The image in a file, or in its `content`, upright, in the mode that it is stored in.
 
-    For pixel values see `colours`. BadInput names the path for what is no image, is damaged, has
-    too many pixels, or has more than 16 bits a channel.
+    For pixel values see `colours`. BadInput names the path for what is no image, is damaged or cut
+    short, has too many pixels, or has more than 16 bits a channel.
     """
     try:
         content = Path(path).read_bytes() if content is None else content
@@ -110,6 +116,11 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
             if image.width * image.height > IMAGE_LIMIT:
                 raise ValueError(f"{image.width}x{image.height} pixels, "
                                  f"more than {IMAGE_LIMIT >> 20} million")
+            if max(image.size) > SIDE_LIMIT:
+                raise ValueError(f"{image.width}x{image.height} pixels, "
+                                 f"more than {SIDE_LIMIT:,} a side")
+            if image.format == "PNG":
+                check_rows(content)
             kind, known = image.format, known_range(image)
             image = read_pnm(image, content) if kind == "PPM" else upright(image)
     except Exception as error:  # Pillow raises many kinds for a damaged file
@@ -122,6 +133,26 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
                        f"with 8 or 16 bits a channel")
     image.format = kind  # which a turn forgets
     return image
+
+
+def check_rows(content: bytes) -> None:
+    """ValueError for a PNG whose data end before its last row: Pillow would fill up with black."""
+    width, height, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", content[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    missing = 0
+    for top, left, down, right in ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        rows, columns = len(range(top, height, down)), len(range(left, width, right))
+        missing += rows * (1 + (bits * columns + 7) // 8) if columns else 0
+    at, inflate = 8, zlib.decompressobj()
+    while at < len(content) and missing > 0:
+        length, name = struct.unpack(">I4s", content[at:at + 8])
+        rest = content[at + 8:at + 8 + length] if name == b"IDAT" else b""
+        while rest:  # in pieces, of which one may unpack to any size
+            missing -= len(inflate.decompress(rest, 1 << 20))
+            rest = inflate.unconsumed_tail
+        at += 12 + length
+    if missing - len(inflate.flush()) > 0:
+        raise ValueError("its data end before its last row")
 
 
 def known_range(image: Image.Image) -> bool:

@@ -16,7 +16,8 @@ from lab.files import BadInput
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-OUT_OF_MEMORY = "out of memory: lower --batch first, then --size or --width", 2
+OUT_OF_MEMORY = ("out of memory: where the command has them, lower --batch first, then --size or "
+                 "--width", 2)
 
 
 class Stopped(BaseException):
@@ -36,6 +37,7 @@ def guard(main: Callable[[], None]) -> int:
 
     2 for bad input, 1 for what failed on the way, 128 + the signal for a stop.
     """
+    print_any_name()
     try:
         with handling(STOPPING, raise_stopped):
             main()
@@ -72,6 +74,14 @@ def of_torch(error: RuntimeError) -> tuple[str, int] | None:
             "gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
         return "another process of the group has ended; run the same command to go on", 1
     return None
+
+
+def print_any_name() -> None:
+    """Let standard output take any file's name: it may be no UTF-8, and so may the output."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower()
+    if hasattr(sys.stdout, "reconfigure"):  # not that of a notebook
+        sys.stdout.reconfigure(errors="surrogateescape" if encoding == "utf-8"
+                               else "backslashreplace")
 
 
 def process() -> str:

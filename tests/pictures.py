@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 import data
+from lab import files
 
 # of rows and columns, what each orientation tag asks for
 TURNED = {1: lambda p: p, 2: lambda p: p[:, ::-1],
@@ -23,9 +24,7 @@ def png(values: np.ndarray, *chunks: tuple[bytes, bytes], interlaced: bool = Fal
     header = struct.pack(">IIBBBBB", width, height, 8 * values.itemsize, kind, 0, 0, interlaced)
     parts = [values]
     if interlaced:
-        parts = [values[top::down, left::right] for top, left, down, right in (
-            (0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2),
-            (1, 0, 2, 1))]
+        parts = [values[top::down, left::right] for top, left, down, right in files.ADAM7]
     rows = b"".join(b"\0" + row.astype(values.dtype.newbyteorder(">")).tobytes()
                     for part in parts if part.size for row in part)
 
@@ -120,6 +119,7 @@ def every_kind(folder: Path, height: int, width: int) -> dict[Path, np.ndarray]:
              exif=b"Exif\0\0" + exif(orientation, big=orientation % 2 == 0))
     save("exif-of-9.jpg", colour, exif=b"Exif\0\0" + exif(9))
     save("exif-damaged.jpg", colour, exif=b"Exif\0\0" + exif(6)[:14])
+    save("exif-of-no-tiff.jpg", colour, exif=b"Exif\0\0" + exif(6).replace(b"*", b","))
     content = (folder / "colour.jpg").read_bytes()
     packet = b"http://ns.adobe.com/xap/1.0/\0" + xmp(5).encode()
     packet = b"\xff\xe1" + struct.pack(">H", 2 + len(packet)) + packet

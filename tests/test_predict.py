@@ -19,8 +19,8 @@ import data
 import metrics
 from lab import forms
 from lab.files import colours, mask_to, read_image, to_size
+from tests.tools import REPO, masks, photos, seen_by  # noqa: F401 -- photos is a fixture
 
-REPO = Path(__file__).parents[1]
 CASES = Path(__file__).parent / "cases"
 
 BLOCKED = """import runpy, sys
@@ -41,20 +41,6 @@ def cpp(runner, *argv, **how):
     done = subprocess.run([runner, *map(str, argv)], capture_output=True, **{"text": True, **how})
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
-
-
-def masks(folder):
-    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.iterdir())}
-
-
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i, size in enumerate([(50, 37), (32, 32), (90, 70)]):
-        drawn = Image.fromarray(data.synthetic_facade(i, 96)[0])
-        drawn.crop((0, 0, *size)).save(folder / f"{i}.png")
-    return sorted(folder.iterdir())
 
 
 # ---- predict.py ----
@@ -142,33 +128,6 @@ def test_predict_refusals(seg, tmp_path, photos):
 
 # ---- the same bytes out of a file, in Python and in C++ ----
 
-class Seen(torch.nn.Module):
-    """A network that shows what it is given: a pixel's class is the value of one channel."""
-
-    def __init__(self, channel: int):
-        super().__init__()
-        self.channel = channel
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        values = torch.arange(256).view(1, -1, 1, 1)
-        return -(images[:, self.channel:self.channel + 1].float() - values).abs()
-
-
-def seen_by(folder, channels, channel, size, suffix, named=256):
-    """Its file, an .onnx or a .ts.pt, as export.py makes them, which names so many classes."""
-    grey = ",".join(f"{i:02x}" * 3 for i in range(named))
-    about = {"input": "images", "classes": ",".join(map(str, range(named))), "palette": grey,
-             "stride": "1", "size": str(size),
-             "mean": ",".join("0" * channels), "std": ",".join("1" * channels)}
-    module, path = Seen(channel).eval(), folder / f"{channels}{channel}{suffix}"
-    if suffix == ".onnx":
-        images = torch.zeros(2, channels, 16, 16, dtype=torch.uint8)
-        forms.write_onnx(forms.capture(module, images, 1), about, path)
-    else:
-        forms.write_torchscript(module, about, path)
-    return path
-
-
 @pytest.mark.parametrize("height, width, size", [(48, 48, 48), (37, 50, 64), (130, 77, 48)])
 def test_cpp_and_python_see_the_same_bytes(runner, tmp_path, height, width, size):
     """Every kind of file, at its own size, made larger and smaller: each channel's bytes alone."""
@@ -201,60 +160,6 @@ def test_cpp_says_what_it_does_not_read(runner, tmp_path):
         said = {"text.ppm": "is no binary PGM or PPM (P5, P6); save it as one, or as PNG"}.get(
             path.name, "is no PNG, JPEG, PGM or PPM image; save it as one of these")
         assert done.returncode == 2 and done.stderr == f"error: {path}: {said}\n"
-
-
-@pytest.fixture(params=["python", "cpp"])
-def tool(request, tmp_path):
-    """predict.py or the C++ program, run in tmp_path: tool(named, argv) with a `seen_by` model."""
-    def run_tool(argv, named=256):
-        suffix = {"python": ".onnx", "cpp": ".ts.pt"}[request.param]
-        model = seen_by(tmp_path, 3, 1, 48, suffix, named)
-        before = ([sys.executable, REPO / "predict.py", "--model", model] if suffix == ".onnx" else
-                  [request.getfixturevalue("runner"), model])
-        return subprocess.run([*map(str, before), *map(str, argv)], cwd=tmp_path, text=True,
-                              capture_output=True)
-    return run_tool
-
-
-def test_a_mask_never_replaces_what_is_read(tool, photos, tmp_path):
-    """Not by the same name, by a link to the folder, nor by another name of the same file."""
-    (tmp_path / "here").symlink_to(tmp_path / "photos")
-    (tmp_path / "other").mkdir()
-    Image.open(photos[0]).save(tmp_path / "photos/b.jpg")
-    os.link(photos[1], tmp_path / "other/b.png")
-    before = {path: path.read_bytes() for path in photos}
-    first = photos[0].relative_to(tmp_path)
-    for out, images, target in (("photos", [first], "photos/0.png"),
-                                ("here", ["photos/2.png", first], "here/2.png"),
-                                ("other", ["photos/b.jpg", "photos/1.png"], "other/b.png")):
-        done = tool(["--out", out, *images])
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr == (f"error: {target} is a file that is read, and would be overwritten; "
-                               f"choose another --out\n")
-    assert {path: path.read_bytes() for path in photos} == before
-    done = tool(["--out", "new", first])
-    assert done.returncode == 0 and (tmp_path / "new/0.png").exists(), done.stderr
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept/0.png.tmp").write_text("a user's own")
-    for _ in range(2):  # what an earlier run wrote is replaced
-        assert tool(["--out", "kept", first]).returncode == 0
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["0.png", "0.png.tmp"]
-
-
-def test_two_masks_of_one_name_are_refused_before_one_is_written(tool, photos, tmp_path):
-    done = tool(["photos/0.png", "photos/1.png", "elsewhere/0.jpg"])
-    assert done.returncode == 2 and not (tmp_path / "predictions").exists()
-    assert done.stderr == ("error: elsewhere/0.jpg and photos/0.png would both write "
-                           "predictions/0.png; predict them into two --out\n")
-
-
-def test_a_model_that_names_fewer_classes_than_it_gives(tool, photos, tmp_path):
-    """As the page's files of two networks do, whose classes lie side by side."""
-    done = tool(["photos/0.png"], named=10)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.endswith(
-        " is no model that export.py made (it gives 256 classes and names 10)\n")
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "predictions").exists()
 
 
 def test_the_pages_files_of_two_networks_are_refused():
@@ -330,7 +235,7 @@ def test_cpp_refusals(seg, runner, tmp_path, photos):
     odd.save(tmp_path / "odder.ts.pt", _extra_files={**about, "stride": "many"})
     del about["size"]
     odd.save(tmp_path / "early.ts.pt", _extra_files=about)
-    unread = "cannot be read as an image"
+    unread, no_model = "cannot be read as an image", "is no model that export.py made ("
     for argv, message in (
             ((), "usage: runner MODEL"),
             ((model, "text.png"), "text.png: is no PNG, JPEG, PGM or PPM"),
@@ -344,8 +249,14 @@ def test_cpp_refusals(seg, runner, tmp_path, photos):
             ((model, "nothing.png"), "nothing.png: cannot be opened"),
             ((model, "a/0.png", photos[1]), "a/0.png: cannot be opened"),
             ((model, photos[0], photos[0]), "would both write predictions/0.png; predict them"),
-            (("nothing.ts.pt", photos[0]), "nothing.ts.pt"),
-            ((model, "--bench", "1"), "--bench wants")):
+            (("nothing.ts.pt", photos[0]), f"nothing.ts.pt {no_model}"),
+            (("nothing.pt2", photos[0]), f"nothing.pt2 {no_model}"),
+            (("whole.jpg", photos[0]), f"whole.jpg {no_model}"),
+            ((model, photos[0], "--out", "elsewhere"), "usage: runner MODEL"),
+            ((model, "--out", "elsewhere"), "usage: runner MODEL"),
+            ((model, "--bench", "1"), "--bench wants"),
+            ((model, "--bench", "x", "1", "1", "1"), "--bench wants"),
+            ((model, "--bench", "24", "1", "1", "1"), "SIZE a multiple of 16")):
         done = subprocess.run([runner, *map(str, argv)], cwd=tmp_path, capture_output=True,
                               text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ")
