@@ -1,12 +1,15 @@
-"""The error of a difference due to the choice of test images, where images belong to groups."""
+"""The error of a difference: the choice of test images, in groups or not, and the seeds."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
 from made_records import table, verdicts, write_record
 
+import study
 import train_cls
-from lab import estimates, records
+from lab import estimates, records, statistics
 from lab.batches import Split
 
 
@@ -119,3 +122,42 @@ def test_a_run_keeps_the_groups_of_its_images():
     of = lambda *groups: train_cls.per_image(torch.eye(3), Split(images, targets,
                                                                  torch.tensor(groups)))
     assert of(4, 2, 4)["group"].tolist() == [4, 2, 4] and "group" not in of(2, 1, 0)
+
+
+# ---- a difference by numbers ----
+
+def test_a_difference_has_the_spreads_of_both_its_rows_by_all_runs():
+    """Each row's own spread, after what a seed does to all rows alike: no paired t-test."""
+    of = {"a": [0.90, 0.91, 0.905], "b": [0.80, 0.86, 0.83], "c": [0.85, 0.84, 0.86]}
+    rows = {row: {seed: {"path": "x", "metrics": {"train": {"accuracy": value}}}
+                  for seed, value in enumerate(values)} for row, values in of.items()}
+    variance, dof = statistics.row_spreads(100 * np.array([*of.values()]))
+    expected = statistics.sum_of(*map(statistics.Part, variance[:2], dof[:2]))
+    error, = study.estimate(rows, "b", "a", "train", "accuracy").error
+    assert error.variance == pytest.approx(expected.variance / 3)
+    assert error.dof == pytest.approx(expected.dof)
+
+
+def test_the_choice_of_test_images_is_in_a_prediction_and_in_no_training_metric(tmp_path):
+    base, row = "maxpool-2-32", "maxpool-2-32-noact"
+    for name, right in ((base, (900, 900)), (row, (850, 849))):
+        for seed in (0, 1):
+            path = write_record(tmp_path, name, seed, right[seed] / 1000, 0.99 + seed / 1000)
+            np.savez(path.with_suffix(".npz"), prediction=np.arange(1000) < right[seed],
+                     target=np.ones(1000, bool))
+    rows = study.load_records(tmp_path / "small/table1", "small")
+    train, test = (study.estimate(rows, row, base, split, "accuracy")
+                   for split in ("train", "test"))
+    assert len(train.error) == 1 and train.seeds_alone
+    seeds, images = test.error
+    assert test.one_more[0].variance == pytest.approx(3 * seeds.variance)  # of two and one more
+    assert test.one_more[1].variance == images.variance > 0
+    typical = estimates.typical_errors(rows, base, "accuracy", {})
+    assert typical["test_set"] == pytest.approx(math.sqrt(images.variance))
+
+
+def test_the_redrawn_test_sets_are_the_same_in_every_process():
+    first = study.photo_draws(67)
+    study.photo_draws.cache_clear()
+    assert np.array_equal(study.photo_draws(67), first)
+    assert first.shape == (1000, 67) and (first.sum(1) == 67).all()

@@ -1,6 +1,7 @@
 """Folders of one's own images: what is read of them. What is refused is in test_bad_folders.py."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from made_set import CLASSES, SHAPES, make_shapes, make_streets
 from PIL import Image
 
+import data
 from lab import folders, labels, splits
 from lab.batches import VOID
-from lab.files import BadInput, mask_to
+from lab.files import BadInput, mask_to, to_size
 
 
 def segments(folder, size=32, split="full"):
@@ -234,8 +236,27 @@ def test_a_fifth_of_each_class_is_held_out(shapes):
     dataset = folders.load(shapes, "classification", 16)
     assert dataset.test.class_counts(4).tolist() == [1] * 4
     assert dataset.train.class_counts(4).tolist() == [4] * 4
-    first = dataset.train.targets[:8].unique()  # in the order of digests, not class after class
-    assert len(first) > 1
+    # what is left, in the order of digests, not class after class
+    names = sorted((path.relative_to(shapes).as_posix() for path in shapes.glob("train/*/*")),
+                   key=splits.digest_order)
+    held = {next(name for name in names if f"/{kind}/" in name) for kind in dataset.classes}
+    kinds = [dataset.classes.index(name.split("/")[1]) for name in names if name not in held]
+    assert dataset.train.targets.tolist() == kinds != sorted(kinds)
+
+
+@pytest.mark.parametrize("count, held", [(4, 1), (7, 1), (8, 2), (12, 2), (13, 3)])
+def test_a_fifth_is_rounded(count, held):
+    items = [splits.Item(Path(f"{i}"), 0, f"{i}", f"{i}") for i in range(count)]
+    legend = labels.Legend(("a",), labels.default_palette(1), {})
+    assert len(splits.hold_out(items, legend, "")[1]) == held
+
+
+def test_images_are_stretched_as_predict_does():
+    image = data.synthetic_facade(1, 128)[0].copy()
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    small, _ = folders.stretched(pixels, torch.zeros(1, dtype=torch.uint8), 32)
+    difference = small[0].permute(1, 2, 0).numpy() - to_size(image, 32).astype(int)
+    assert np.abs(difference).max() <= 1  # both round after each axis
 
 
 # ---- classification ----

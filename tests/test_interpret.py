@@ -156,7 +156,7 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
     record = json.loads((folder / "frozen-tie0/seed0.json").read_text())
     scores, arrays = record["metrics"]["test"], np.load(folder / "frozen-tie0/seed0.npz")
     base, trained = files.read_checkpoint(surrogates["base"])["record"], record["trained"]
-    assert trained["features_sha256"] and trained["weights_sha256"] != base["weights_sha256"]
+    assert trained["weights_sha256"] != base["weights_sha256"]
     assert arrays["sweep_accuracy"].shape == (29, 29) and arrays["sweep_consistency"][0, 0] == 1
     assert scores["accuracy"] == (arrays["prediction"] == arrays["target"]).mean()
     # every grid of another class either has the tied digit or has not
@@ -166,7 +166,6 @@ def test_measurements_of_a_surrogate(surrogates, fashion_root, tmp_path, monkeyp
     assert len(with_three) + len(without) == other.sum() and len(with_three) and len(without)
     assert with_three.sum() + without.sum() == taken.sum()
     assert scores["trouser_with_three"] == with_three.mean()
-    # a shift by a whole side is the garment in the other cell, with the same digits in other cells
     assert len(arrays["cell1_minus_cell0"]) == 40 and len(arrays["shifted_minus_whole"]) == 2
     gap = scores["accuracy_cell1"] - scores["accuracy_cell0"]
     assert scores["cell1_minus_cell0"] == pytest.approx(gap)

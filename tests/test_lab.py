@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lab import cli, engine, guard, records
+from lab import cli, engine, guard, provenance, records
 from lab.batches import Dataset, Split
 from lab.files import BadInput
 from lab.settings import Settings
@@ -129,3 +129,45 @@ def test_settings_of_a_run_from_before_a_setting_was_added():
     assert records.differing(before, other) == {"momentum": (0.9, 0.5)}
     assert records.differing(other, before) == {"momentum": (0.5, 0.9)}
     assert records.differing(before, other, ("lr",)) == {}
+
+
+# ---- each use of the seed, and of the settings of a step ----
+
+def steps_run(out, seed, build=lambda settings, *shape: Net(settings["width"], *shape), **more):
+    cfg = Config(epochs=2, batch=10, lr=1e-2, device="cpu", precision="fp32", seed=seed,
+                 out=str(out), **more)
+    return engine.Run(cfg, STEPS, build)
+
+
+def test_each_use_of_the_seed_counts(tmp_path):
+    """First weights, the order of images, and what is drawn in a step, each alone."""
+    first = [provenance.weights_digest(steps_run(tmp_path / f"first{i}", seed).model)
+             for i, seed in enumerate((0, 0, 1))]
+    assert first[0] == first[1] != first[2]
+    weights = Net(4, 1, 3).state_dict()
+
+    def same(settings, *shape):
+        model = Net(4, *shape)
+        model.load_state_dict(weights)
+        return model
+
+    orders, draws = [], []
+    for seed in (0, 1):
+        seen, drawn = [], []
+
+        def loss(logits, targets):
+            seen.append(targets.tolist())
+            drawn.append(torch.rand(()).item())
+            return hinge(logits, targets)
+
+        engine.fit(steps_run(tmp_path / f"same{seed}", seed, same), loss)
+        orders.append(seen)
+        draws.append(drawn)
+    assert orders[0] != orders[1] and not set(draws[0]) & set(draws[1])
+
+
+def test_each_step_has_its_rate_with_the_runs_own_warmup(tmp_path, monkeypatch):
+    asked, rate = [], engine.learning_rate
+    monkeypatch.setattr(engine, "learning_rate", lambda *args: asked.append(args) or rate(*args))
+    engine.fit(steps_run(tmp_path, 0, warmup=0.3), hinge)
+    assert asked == [(1e-2, 0.3, step, 12) for step in range(12)]

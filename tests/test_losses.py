@@ -87,3 +87,13 @@ def test_a_batch_of_void_alone_has_no_gradient(name):
     loss = LOSSES[name](logits, torch.full((2, 4, 4), models.VOID, dtype=torch.uint8))
     loss.backward()
     assert loss.item() in (0, 1) and (logits.grad == 0).all()
+
+
+def test_losses_by_name():
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    weight = torch.tensor([1.0, 5.0, 0.2])
+    found = {name: loss(logits, target, weight) for name, loss in models.LOSSES.items()}
+    assert found == {"wce": models.cross_entropy(logits, target, weight),
+                     "ce": models.cross_entropy(logits, target),
+                     "dice": models.dice_loss(logits, target)}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models
@@ -292,3 +293,42 @@ def test_a_network_takes_its_own_switches_alone(monkeypatch):
     said = "--depth switches another network; --arch linear takes no switch"
     with pytest.raises(BadInput, match=said):
         models.refuse_settings_of_others({"arch": "linear", "depth": 3, "lr": 0.1}, defaults)
+
+
+# ---- what a block computes ----
+
+def test_blocks_by_hand():
+    torch.manual_seed(0)
+    block, x = models.ResidualBlock(3, 3, norm=False), torch.randn(1, 3, 8, 8)
+    conv = lambda layer, x: F.conv2d(x, layer[0].weight, layer[0].bias, padding=1)
+    expected = (conv(block.conv2, conv(block.conv1, x).relu()) + x).relu()
+    assert torch.allclose(block(x), expected, atol=1e-6)
+    assert (UNet.double(3, 4)(x) >= 0).all()
+
+
+def test_the_image_is_halved_by_its_largest_and_doubled_by_its_nearest():
+    unet, level = UNet(4).eval(), models.Level(4, [4], "maxpool", False, 0.0, True, True, "relu")
+    seen = {}
+    unet.down[0].register_forward_hook(lambda module, given, out: seen.update(above=out))
+    unet.down[1].register_forward_pre_hook(lambda module, given: seen.update(below=given[0]))
+    unet(torch.randn(1, 3, 16, 16))
+    assert torch.equal(F.max_pool2d(seen["above"], 2), seen["below"])
+    level.inner.register_forward_hook(lambda module, given, out: seen.update(low=out))
+    level.up.register_forward_pre_hook(lambda module, given: seen.update(high=given[0]))
+    level.eval()(torch.randn(1, 4, 8, 8))
+    assert torch.equal(seen["high"], seen["low"].repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_attention_is_among_positions_as_torchs_own():
+    torch.manual_seed(0)
+    block = models.TransformerBlock(64, 64, norm=False, act="none").eval()
+    own = nn.MultiheadAttention(64, 2, batch_first=True)
+    own.load_state_dict({"in_proj_weight": block.qkv.weight, "in_proj_bias": block.qkv.bias,
+                         "out_proj.weight": block.project.weight,
+                         "out_proj.bias": block.project.bias})
+    x = torch.randn(2, 15, 64)
+    assert torch.allclose(block.attend(x), own(x, x, x)[0], atol=1e-5)
+    for silent in (block.position, block.project, block.mlp[2]):
+        nn.init.zeros_(silent.weight), nn.init.zeros_(silent.bias)
+    image = torch.randn(2, 64, 3, 5)
+    assert torch.equal(block(image), image)  # each position stays where it is

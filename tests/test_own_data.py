@@ -105,7 +105,8 @@ def test_the_table_has_no_report(example):
     verdicts, needs = (folder / "claims.md").read_text().split("**What the undecided would take**")
     judged = re.findall(r"^\| (C\d+) ", verdicts, re.M)
     assert judged == ["C7", "C8", "C9", "C10", "C11", "C12"]
-    assert set(re.findall(r"^\| (C\d+) ", needs, re.M)) <= {*judged}
+    undecided = re.findall(r"^\| (C\d+) .*undecided", verdicts, re.M)
+    assert re.findall(r"^\| (C\d+) ", needs, re.M) == undecided != []
     plan = (folder / "plan.txt").read_text()
     assert "15 rows of 2 runs, 2 epochs each" in plan and "time: about" in plan
     pictures = {path.name for path in folder.glob("*.png")}

@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 from made_records import runs, table, wobble, write_record
+from scipy import stats
 
 import study
-from lab import cli, records
+from lab import cli, figures, records, tables
 
 
 @pytest.fixture
@@ -188,3 +189,23 @@ def test_a_missing_folder_is_named_and_not_made(tmp_path, capsys):
         assert str(tmp_path / ("small-typo" if "typo" in argv else "small")) in said
         assert "no records" in said
     assert not list(tmp_path.iterdir())
+
+
+# ---- by hand ----
+
+def test_an_interval_and_a_confusion_matrix_by_hand(tmp_path):
+    mean, half = records.interval([0.1, 0.2, 0.6])
+    assert mean == pytest.approx(30)
+    assert half == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem([10, 20, 60]))
+    np.savez(tmp_path / "seed0.npz", target=np.array([0, 0, 1]), prediction=np.array([0, 1, 1]))
+    total = records.summed_confusion({0: {"path": str(tmp_path / "seed0.json")}}, 2)
+    assert total.tolist() == [[1, 1], [0, 1]]  # the true class down, the answer across
+    figure = figures.draw_confusions({"x": np.array([[3, 1], [0, 8]])}, ("a", "b"))
+    said = [(text.get_position(), text.get_text()) for text in figure.axes[0].texts]
+    assert said == [((0, 0), "75"), ((1, 0), "25"), ((1, 1), "100")]
+
+
+def test_a_table_counts_the_numbers_that_hold():
+    made_of = {"row": {0: {"environment": {"device": "x"}, "path": "p"}}}
+    text = tables.notes(made_of, {"accuracy": [True, False, False]}, set(), False)
+    assert "accuracy: 1 of 3 do." in text

@@ -191,3 +191,10 @@ def test_holm_by_hand():
     assert statistics.holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
     for order in itertools.permutations([0.01, 0.04, 0.03]):
         assert sorted(statistics.holm(order)) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_a_sum_of_unlike_sources_has_welchs_degrees_of_freedom():
+    a = np.random.default_rng(0).normal(size=5)
+    b = 9 * np.random.default_rng(1).normal(size=12)
+    found = statistics.sum_of(Part(a.var(ddof=1) / 5, 4), Part(b.var(ddof=1) / 12, 11))
+    assert found.dof == pytest.approx(stats.ttest_ind(a, b, equal_var=False).df)
