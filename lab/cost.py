@@ -123,7 +123,8 @@ def memory(device: torch.device) -> int:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
     except (OSError, TypeError):  # no Linux, or one that does not say
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes
 
 
 def forget_peak(device: torch.device) -> None:

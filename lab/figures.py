@@ -28,7 +28,7 @@ from matplotlib.patches import Patch, Rectangle  # noqa: E402
 
 if CHOSEN is not None:
     os.environ["MPLBACKEND"] = CHOSEN
-BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 PAGE = 10  # a user's images on one picture: about three screens high
 
 
@@ -129,7 +129,7 @@ def draw_power(errors: dict[str, dict], rows: int, claims: int, title: str,
     left.set(ylabel="effect decided (spreads of a row over seeds)", ylim=(0, 1.12 * effects[0]),
              title="two rows alike, without a test set's error")
     curves = [(left, effects)]
-    styles = zip(itertools.cycle((BLUE, ORANGE, GREEN)), itertools.cycle("osD^vPX*"))
+    styles = zip(itertools.cycle(COLOURS[:3]), itertools.cycle("osD^vPX*"))
     for (name, part), (colour, marker) in zip(errors.items(), styles):
         found = [detectable(n, part["rows"], claims, part["spread"], part["test_set"],
                             part["units"]) for n in seeds]
@@ -263,9 +263,10 @@ def draw_trends(rows: dict[tuple[str, float], dict], panels: dict[str, dict[str,
     """
     settings = sorted({setting for _, setting in rows})
     kinds = dict.fromkeys(kind for kind, _ in rows)
+    shifts = 0.12 * (np.arange(len(kinds)) - (len(kinds) - 1) / 2)  # so that bars lie side by side
     figure, axes = subplots(1, len(panels), figsize=(3 * len(panels), 3.2), squeeze=False)
     for ax, (title, keys) in zip(axes[0], panels.items()):
-        for kind, colour, shift in zip(kinds, (BLUE, ORANGE), (-0.06, 0.06)):
+        for kind, colour, shift in zip(kinds, itertools.cycle(COLOURS), shifts):
             for (key, note), style in zip(keys.items(), ("-o", "--s")):
                 found = [(x + shift, *across_seeds(rows[kind, setting], key))
                          for x, setting in enumerate(settings) if (kind, setting) in rows]
