@@ -9,7 +9,8 @@ from made_set import CLASSES
 from PIL import Image
 from test_bad_data import dangling_link, replace_by_folder
 
-from lab import folders
+from lab import folders, labels
+from lab.files import BadInput
 
 
 def write(name, text):
@@ -270,3 +271,27 @@ def test_fewer_training_images_than_classes_are_refused_by_the_flags_name(shapes
     said = refused(capsys, "train_cls", "--data", shapes, "--train-images", 3, "--out",
                    tmp_path / "out", "--device", "cpu")
     assert "--train-images 3: " in said and "has 4 classes" in said
+
+
+def test_256_classes_are_refused_as_the_last_would_be_void(shapes, tmp_path, capsys):
+    for i in range(252):
+        (shapes / f"train/{i:03d}").mkdir()
+    said = refused(capsys, "train_cls", "--data", shapes, "--out", tmp_path / "out")
+    assert "has 256 classes; at most 255 can be told" in said
+
+
+@pytest.mark.parametrize("train, test", [(90, 10), (10, 90)])
+def test_both_splits_count_for_memory(tmp_path, monkeypatch, train, test):
+    legend = labels.Legend(("a", "b"), labels.default_palette(2), {})
+    check = lambda: folders.check_memory(tmp_path, train, test, 100, 3, legend, False)
+    monkeypatch.setattr(folders, "host_memory", lambda: 3_000_000)
+    check()
+    monkeypatch.setattr(folders, "host_memory", lambda: 2_999_999)
+    with pytest.raises(BadInput, match="has 100 images, which at 100x100 take"):
+        check()
+
+
+def test_a_folder_whose_name_cannot_be_printed_is_refused(shapes, tmp_path, capsys):
+    odd = shapes.rename(tmp_path / "a\x1b[2Jb")
+    said = refused(capsys, "train_cls", "--data", odd, "--out", tmp_path / "out")
+    assert "the folder's name is the set's; make it printable" in said

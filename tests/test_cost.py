@@ -4,12 +4,14 @@ import io
 import mmap
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import refused, run
 from made_set import make_shapes, make_streets
 
-from lab import cost
+from lab import cost, devices
 
 
 @pytest.mark.parametrize("script", ["train_seg", "train_cls"])
@@ -70,3 +72,42 @@ def test_a_plan_of_a_wrong_row_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "--plan reads rows from stdin" in refused(capsys, "train_seg", "--data", data,
                                                      "--plan", 1)
+
+
+@pytest.mark.parametrize("group", ["", "memory"])
+def test_memory_is_what_the_tightest_limit_leaves(tmp_path, monkeypatch, group):
+    """Of the machine, or of the container, whose cached files can go."""
+    monkeypatch.setattr(devices, "Path", lambda path: tmp_path / path.lstrip("/"))
+    folder = tmp_path / "sys/fs/cgroup" / group
+    folder.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 1000 kB\n")
+    limit, used, cached = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+                           if group else ("memory.max", "memory.current", "file"))
+    for most, left in (("500000", 150_000), ("2000000", 1_024_000), ("max", 1_024_000)):
+        (folder / limit).write_text(most)
+        (folder / used).write_text("400000")
+        (folder / "memory.stat").write_text(f"{cached} 50000\n")
+        assert devices.host_memory() == left
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells peaks")
+def test_the_largest_row_takes_as_much_more_memory_as_it_is_larger(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "step_seconds", lambda run, loss: hold(400) or 1.0)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n--width 32\n"))  # the first has width 8
+    cost.forget_peak(torch.device("cpu"))  # of other tests
+    data = make_shapes(tmp_path / "set")
+    assert run("train_cls", "--protocol", "smoke", "--data", data, "--plan", 1) == 0
+    memory = re.search(r"about ([\d.]+) GB a run, ([\d.]+) GB for one", capsys.readouterr().out)
+    assert float(memory[2]) - float(memory[1]) == pytest.approx(3 * 0.42, abs=0.2)
+
+
+def test_the_first_step_is_not_timed(tmp_path, monkeypatch):
+    found, real = [], cost.step_seconds
+    clock = iter((0, 100, 100, 101, 101, 104))  # a step of 100 seconds, of 1, of 3
+    monkeypatch.setattr(cost, "step_seconds", lambda *args: found.append(real(*args)) or 1.0)
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    data = make_shapes(tmp_path / "set")
+    assert run("train_cls", "--protocol", "smoke", "--data", data, "--plan", 1) == 0
+    assert found == [2]

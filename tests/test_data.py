@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny_root
 
 import data
-from lab import batches
+from lab import batches, synthetic
 from lab.batches import Dataset, Split
 from lab.files import BadInput
 
@@ -41,7 +42,10 @@ def test_facade_splits_share_no_photo(facade_root):
     full, dev = data.load_facades(facade_root), data.load_facades(facade_root, "dev")
     assert full.digest == data.FACADE_DIGEST and not full.synthetic
     assert (len(full.train), len(full.test), len(dev.train), len(dev.test)) == (906, 114, 726, 180)
-    assert len(full.train.photos.unique()) == 302 and len(full.test.photos.unique()) == 67
+    # each of its own: else dev would share photos, and intervals would resample strangers
+    assert full.train.photos.tolist() == 3 * [*range(302)]
+    assert full.test.photos.tolist() == data.FACADE_TEST_PHOTOS
+    assert len(full.test.photos.unique()) == 67
     assert full.test.photos.unique(return_counts=True)[1].bincount().tolist() == [0, 29, 29, 9]
     assert dev.train.photos.unique().tolist() == list(range(242))
     assert dev.test.photos.unique().tolist() == list(range(242, 302))
@@ -206,3 +210,34 @@ def test_the_set_of_a_record_is_normalised_as_the_record_says(tiny_root):
                              "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
     dataset = data.load_recorded(record, tiny_root)
     assert (dataset.mean, dataset.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_the_set_of_a_record_has_its_split_and_its_limit(fashion_root, shapes, tmp_path):
+    """No digest tells them apart: a model of the dev split would be judged on the test set."""
+    few = make_tiny_root(tmp_path / "few", train=61)
+    for dataset, root, folder, limit in (
+            (data.load_fashion(fashion_root, "dev", 300), fashion_root, None, 300),
+            (data.load_facades(few, "dev", 32), few, None, 60000),
+            (data.load_own(shapes, "classification", 16, "dev", 8), few, shapes, 8)):
+        record = {"config": {"split": "dev", "train_images": limit}, "data": dataset.digest,
+                  "about_data": {"task": dataset.task, "size": dataset.train.images.shape[-1],
+                                 "name": dataset.name, "own": dataset.own,
+                                 "mean": dataset.mean, "std": dataset.std}}
+        found = data.load_recorded(record, root, folder)
+        assert found.held_out == "val" and torch.equal(found.test.images, dataset.test.images)
+        assert torch.equal(found.train.images, dataset.train.images)
+
+
+def test_fashion_classes_have_the_order_of_the_set():
+    theirs = data.datasets.FashionMNIST.classes  # T-shirt/top, ..., Ankle boot
+    assert len(theirs) == len(data.FASHION_CLASSES)
+    assert all(ours.lower() in name.lower() for ours, name in zip(data.FASHION_CLASSES, theirs))
+
+
+def test_no_drawn_facade_is_in_both_splits_and_the_digest_is_of_images_and_masks(monkeypatch):
+    ((train, _), (test, _)), digest = synthetic.drawn_splits((3, 2), 32)
+    assert (len(train), len(test)) == (3, 2)
+    assert not (train[:, None] == test).flatten(2).all(2).any()
+    draw = synthetic.synthetic_facade
+    monkeypatch.setattr(synthetic, "synthetic_facade", lambda i: (draw(i)[0], 4 - draw(i)[1]))
+    assert synthetic.drawn_splits((3, 2), 32)[1] != digest

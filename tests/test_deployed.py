@@ -1,9 +1,14 @@
 """Networks made ready for export: BatchNorm folded, 8 bits. Their files: test_export.py."""
 
+import contextlib
+import math
+
 import pytest
 import torch
+from conftest import run, run_seg
 from torch import nn
 
+import data
 import export
 from lab import forms
 from lab.deployed import Deployed, fold_batchnorm
@@ -75,3 +80,37 @@ def test_a_graph_takes_any_size_whatever_the_network_was_trained_at(size):
     x = torch.randint(256, (3, 3, 48, 64), dtype=torch.uint8)
     with torch.inference_mode():
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form, found, enough", [
+    ("ONNX", {"max_difference": 9e-5, "maps_max_difference": 9e-5}, True),
+    ("ONNX", {"max_difference": 2e-4}, False), ("ONNX", {"max_difference": math.nan}, False),
+    ("ONNX", {"max_difference": 0.0, "maps_max_difference": math.nan}, False),
+    ("ONNX int8", {"map": 0.6955, "max_difference": 9.0}, True),
+    ("ONNX int8", {"map": 0.6945}, False), ("ONNX int8", {"map": math.nan}, False)])
+def test_the_gate_lets_nothing_through_that_is_too_far_off_or_no_number(form, found, enough):
+    with contextlib.nullcontext() if enough else pytest.raises(forms.ParityError):
+        forms.gate(form, {"map": 0.7, **found}, {"map": 0.7}, "map")
+
+
+def test_an_export_is_calibrated_on_training_images_and_held_to_map(tiny_root, tmp_path,
+                                                                    monkeypatch):
+    assert run_seg(tiny_root, tmp_path) == 0
+    makers, held_to, prove = [], [], export.prove
+    monkeypatch.setattr(export, "prove", lambda cfg, maker, *rest: makers.append(maker)
+                        or prove(cfg, maker, *rest))
+    monkeypatch.setattr(forms, "gate", lambda name, found, exact, key: held_to.append(key))
+    monkeypatch.setattr(export, "FORMS", {"TorchScript": forms.FORMS["TorchScript"]})
+    assert run("export", "--checkpoint", tmp_path / "seed0.pt", "--data-root", tiny_root,
+               "--calibration", 3, "--no-aot") == 0
+    train = data.load_facades(tiny_root, size=32).train.images
+    assert torch.equal(makers[0].images, train[[0, 2, 5]]) and held_to == ["map"]
+
+
+def test_ranges_of_8_bits_are_of_all_calibration_images():
+    torch.manual_seed(0)
+    folded = fold_batchnorm(randomise(HourGlass(1, 8)))
+    x = torch.randn(3, 3, 16, 16) * torch.tensor([0.1, 1, 10]).view(3, 1, 1, 1)
+    with torch.inference_mode():
+        exact, found = folded(x[2:]), forms.to_int8(folded, x, [])(x[2:])
+    assert (found - exact).norm() / exact.norm() < 0.2

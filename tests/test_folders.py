@@ -324,3 +324,34 @@ def test_a_default_palette_has_a_colour_for_each_class():
         assert len(set(labels.default_palette(count))) == count
     with pytest.raises(BadInput, match="printable"):
         labels.check_names(["a\nb"], "here")
+
+
+def test_other_groups_make_another_set(streets):
+    """They decide what intervals resample, and what is held out."""
+    before, path = segments(streets), streets / "groups.csv"
+    path.write_text(path.read_text().replace("street 0", "street 1"))
+    assert segments(streets).digest != before.digest
+
+
+def test_a_palette_that_calls_a_class_void_is_refused(tmp_path):
+    legend = labels.read_legend(Path("classes.txt"), b"a #ff0000\nb #00ff00\nvoid #010203")
+
+    def read(palette):
+        mask = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+        mask.putpalette(bytes.fromhex(palette))
+        mask.save(tmp_path / "mask.png")
+        return labels.read_mask(Path("mask.png"), (tmp_path / "mask.png").read_bytes(), legend)
+
+    assert read("ff000000ff00010203").tolist() == [[0, 1, VOID]]
+    with pytest.raises(BadInput, match="#010203 for the value 1, .* the colour of 255 void"):
+        read("ff0000010203010203")
+
+
+def test_images_of_one_value_can_be_normalised(tmp_path):
+    for i in range(12):
+        path = tmp_path / f"set/train/{i % 2}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 51).save(path)
+    dataset = folders.load(tmp_path / "set", "classification", 8)
+    assert (dataset.mean, dataset.std) == ((0.2,), (0.01,))
+    assert (dataset.normalise(dataset.train.images) == 0).all()

@@ -10,10 +10,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from made_records import runs, wobble
 
 import data
 import study
 from lab import cli, forms
+from lab.files import BadInput
 
 ROOT = Path(__file__).parent.parent
 
@@ -218,3 +220,41 @@ def test_forms_and_page_agree_on_names():
         outputs = [output.name for output in session.get_outputs()]
         segments = one["classes"] == list(data.FACADE_CLASSES)
         assert outputs == list(forms.OUTPUTS[:1 if segments else 2])
+
+
+def test_a_kept_runtime_of_other_bytes_is_not_used(fresh, monkeypatch):
+    content = {name: name.encode() for name in build.RUNTIME}
+    monkeypatch.setattr(build, "RUNTIME", {
+        name: hashlib.sha256(value).hexdigest() for name, value in content.items()})
+    monkeypatch.setattr(build, "from_npm", lambda *_: content)
+    build.runtime(fresh / "kept")
+    (fresh / "kept/ort.wasm.min.mjs").write_bytes(b"another's")
+    assert build.runtime(fresh / "kept") == content
+    assert (fresh / "kept/ort.wasm.min.mjs").read_bytes() == content["ort.wasm.min.mjs"]
+
+
+def test_the_verdicts_are_those_of_the_study(tmp_path):
+    accuracies = {"maxpool-2-32": 0.9, "maxpool-2-32-noact": 0.92, "stride-2-32": 0.8}
+    for row, accuracy in accuracies.items():
+        runs(tmp_path, "table1", row, [{"accuracy": x} for x in wobble(accuracy)])
+    tables = {name: study.load_records(tmp_path / "small" / name, "small") for name in study.REPORT}
+    judged, found = study.judge(tables), build.verdicts(tables, "small")
+    assert [one["claim"] for one in found] == [*judged]
+    for one in found:
+        whole = judged[one["claim"]]
+        assert (one["verdict"], one["p"]) == (whole["verdict"], whole["p_holm"])
+        parts = [part[1:] for part in study.CLAIMS[one["claim"]][1]]
+        keys = ("row", "other", "metric", "low", "high")
+        assert {tuple(effect[key] for key in keys) for effect in one["effects"]} <= {*parts}
+    assert found[0]["effects"][0]["row"] == "stride-2-32"  # what decides against C1
+    with pytest.raises(BadInput, match="has no records"):
+        build.tables(tmp_path)  # of a protocol that has one table alone
+
+
+def test_each_seeds_own_value_is_its_records():
+    shown, rows = build.table(ROOT / "results", "small", "table1")
+    for row in shown["rows"]:
+        for name, (_, split, key) in study.COLUMNS["table1"].items():
+            assert row["columns"][name]["own"] == pytest.approx({
+                str(seed): 100 * record["metrics"][split][key]
+                for seed, record in rows[row["row"]].items()})

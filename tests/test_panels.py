@@ -69,3 +69,69 @@ def test_evidence_has_the_colours_of_the_page():
     own = panels.draw_overlays([np.zeros((9, 9), np.uint8)], [np.ones((1, 4, 4))], ["a"], [["b"]],
                                diverging=True).axes[1].get_images()[1]
     assert drawn.cmap is own.cmap is panels.EVIDENCE and drawn.norm.vmax == -drawn.norm.vmin == 1
+
+
+def drawn(ax):
+    return np.asarray(ax.get_images()[-1].get_array())
+
+
+def test_truth_prediction_and_errors_stand_under_their_names():
+    targets = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    targets[1, 0], targets[1, 1] = 1, batches.VOID
+    prediction = torch.zeros(2, 4, 4, dtype=torch.long)
+    prediction[1, 1:3] = 1
+    split = batches.Split(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), targets, torch.arange(2))
+    palette = ((1, 2, 3), (4, 5, 6))
+    dataset = batches.Dataset("", ("a", "b"), (0.5,) * 3, (0.2,) * 3, "", False, split, split,
+                              palette=palette)
+    logits = torch.nn.functional.one_hot(prediction, 2).movedim(-1, 1).float()
+    worst = panels.draw_segmentation(dataset, logits, [1.0, 0.2], "").axes[12:16]
+    void, (a, b) = (255, 255, 255), palette
+    assert [tuple(row[0]) for row in drawn(worst[1])] == [b, void, a, a]
+    assert [tuple(row[0]) for row in drawn(worst[2])] == [a, b, b, a]
+    wrong = (drawn(worst[3]) == panels.WRONG).all(2)
+    assert wrong[:, 0].tolist() == [True, False, True, False]  # void is no error
+    assert worst[3].get_xlabel() == "67 % of pixels wrong"
+
+
+def test_what_is_called_right_is_right_and_what_is_called_wrong_is_wrong():
+    targets = torch.tensor([0, 0, 1, 1], dtype=torch.uint8)
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).repeat(1, 1, 4, 4)
+    split = batches.Split(images, targets, torch.arange(4))
+    dataset = batches.Dataset("", ("a", "b"), (0.5,), (0.2,), "", False, split, split)
+    logits = torch.tensor([[0.0, 1], [1, 0], [0, 1], [1, 0]])
+    axes = panels.draw_classification(dataset, logits, "").axes
+    assert [int(drawn(ax)[0, 0]) for ax in axes] == [1, 2, 0, 3]
+    assert [ax.get_xlabel().split("\n")[0] for ax in axes] == ["a", "b", "b", "a"]
+
+
+def test_each_map_lies_over_the_image_under_its_own_caption():
+    maps = np.stack([np.full((4, 4), value) for value in (0.1, 0.2, 0.3)])
+    image = np.zeros((9, 9), np.uint8)
+    axes = panels.draw_overlays([image], [maps], ["x"], [["p", "q", "r"]], diverging=False).axes
+    assert [(ax.get_title(), drawn(ax)[0, 0]) for ax in axes[1:4]] == [
+        ("p", 0.1), ("q", 0.2), ("r", 0.3)]
+
+
+def test_the_dots_lie_around_the_garments_cell():
+    """That of `attention` is cell 1, to the right above."""
+    dots, = attention({"frozen": 2}).axes[1].patches
+    assert (dots.get_xy(), dots.get_width(), dots.get_height()) == ((1.5, -0.5), 2, 2)
+
+
+def test_accuracies_by_cell_lie_where_the_cells_do(monkeypatch):
+    monkeypatch.setattr(panels, "across_seeds", lambda seeds, key: (float(key[-1]), 0.5))
+    sweep = {key: np.zeros((29, 29)) for key in ("sweep_accuracy", "sweep_consistency")}
+    ax = panels.draw_shifts("x", {}, sweep).axes[0]
+    assert drawn(ax).tolist() == [[0, 1], [2, 3]]  # numbered by rows
+    assert [(text.get_position(), text.get_text()[:3]) for text in ax.texts] == [
+        ((0, 0), "0.0"), ((1, 0), "1.0"), ((0, 1), "2.0"), ((1, 1), "3.0")]
+
+
+def test_the_equivariance_error_of_each_padding_has_its_own_line():
+    grid = np.add.outer(np.arange(8) % 4, np.arange(8) % 4) == 0
+    error = {"zeros": np.full((8, 8), 0.5), "circular": np.where(grid, 0.0, 0.25)}
+    axes = panels.draw_equivariance({"row": {0: {"error": error}}}).axes
+    assert [drawn(ax)[1, 1] for ax in axes[:2]] == [50, 25]
+    assert [ax.get_ylabel().split(" padding")[0] for ax in axes[:2]] == ["zero", "circular"]
+    assert "of multiples of 4: 0 %,\nof all other shifts: 25.0 %" in axes[1].get_xlabel()

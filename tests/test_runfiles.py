@@ -13,6 +13,8 @@ from conftest import one_error, result, run_seg
 
 import models
 from lab import engine, files
+from lab.files import BadInput
+from lab.runfiles import RunFiles
 
 # ---- refusals: the file, the difference, the remedy, exit code 2 ----
 
@@ -205,3 +207,31 @@ def test_a_file_where_the_folder_should_be(tiny_root, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert run_seg(tiny_root, tmp_path / "out") == 2
     assert "out" in one_error(capsys)
+
+
+def test_a_run_has_one_writer_as_long_as_it_lives_and_touches_no_other_seed(tmp_path):
+    left = [tmp_path / f".{name}.7.tmp" for name in ("seed0.pt", "seed1.pt", "seed10.json")]
+    for path in left:
+        path.touch()
+    first = RunFiles(tmp_path, 0)
+    first.claim()
+    assert [path.exists() for path in left] == [False, True, True]  # those runs may be writing
+    for _ in range(2):
+        with pytest.raises(BadInput, match="seed0.pt is being written by another process"):
+            RunFiles(tmp_path, 0).claim()
+    RunFiles(tmp_path, 1).claim()
+    del first
+    RunFiles(tmp_path, 0).claim()
+
+
+def test_all_of_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size)
+                        or sync(file))
+    files.write_atomic(tmp_path / "seed0.json", b"{}")
+    assert synced == [2]
+
+
+def test_what_is_infinite_has_no_place_in_json_either():
+    found = files.jsonable({"a": [float("inf"), -float("inf"), float("nan"), 1.5]})
+    assert found == {"a": [None, None, None, 1.5]}

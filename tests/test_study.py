@@ -278,3 +278,15 @@ def test_every_kind_of_row_has_its_line(tmp_path):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["frozen", "scratch",
                                                                          "tuned"]
     assert len({bars.lines[0].get_color() for bars in ax.containers}) == 3
+
+
+def test_one_switch_at_a_time_counts_the_seeds_that_both_rows_have(tmp_path):
+    for row, seeds, settings in (
+            ("maxpool-2-32", 3, {"act": "relu"}),
+            ("stride-2-32", 2, {"act": "relu", "down": "stride"}),
+            ("stride-2-32-gelu", 3, {"act": "gelu", "down": "stride"})):
+        for seed in range(seeds):
+            write_record(tmp_path, row, seed, 0.9, **settings)
+    table(tmp_path)
+    lines = (tmp_path / "small/table1.md").read_text().split("One switch at a time")[1].splitlines()
+    assert [line.split("|")[-2].strip() for line in lines if "stride-2-32-gelu" in line] == ["2"]

@@ -6,11 +6,15 @@ import threading
 import zlib
 
 import numpy as np
+import onnx
 import pictures
+import pytest
 from PIL import Image
 
 import data
-from tests.tools import masks, photos, tool  # noqa: F401 -- fixtures
+import predict
+from lab.files import BadInput
+from tests.tools import masks, photos, seen_by, tool  # noqa: F401 -- fixtures
 
 
 def test_a_mask_never_replaces_what_is_read(tool, photos, tmp_path):
@@ -92,3 +96,20 @@ def test_an_image_comes_through_a_pipe(tool, photos, tmp_path):
     writer.join()
     found = masks(tmp_path / "predictions")
     assert np.array_equal(found["pipe.png"], found["file.png"])
+
+
+@pytest.mark.parametrize("key, value", [
+    ("palette", "010203"), ("palette", ""), ("size", "48"), ("size", "8193"), ("size", "0"),
+    ("classes", "a\x1b[2J," + "b," * 254 + "c"), ("input", "pixels"), ("mean", "0,0"),
+    ("stride", "65")])
+def test_a_model_whose_description_is_damaged_is_refused(tmp_path, key, value):
+    """A palette of too few colours would show other classes; a terminal would obey a name."""
+    path = seen_by(tmp_path, 3, 1, 48, ".onnx")
+    model = onnx.load(path)
+    next(prop for prop in model.metadata_props if prop.key == key).value = value
+    onnx.save(model, path)
+    if (key, value) in (("palette", ""), ("size", "48")):  # a classifier's, and as it was
+        assert predict.open_model(str(path))[1][key] == value
+    else:
+        with pytest.raises(BadInput, match="is no model that export.py made"):
+            predict.open_model(str(path))
