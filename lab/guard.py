@@ -14,10 +14,9 @@ from lab.files import BadInput
 
 # Ctrl-C, kill, and what schedulers send before they preempt
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
 OUT_OF_MEMORY = ("out of memory: where the command has them, lower --batch first, then --size or "
                  "--width", 2)
+PEER_ENDED = "another process of the group has ended; run the same command to go on", 1
 
 
 class Stopped(BaseException):
@@ -38,26 +37,42 @@ def guard(main: Callable[[], None]) -> int:
     2 for bad input, 1 for what failed on the way, 128 + the signal for a stop.
     """
     print_any_name()
+    # whatever ends it is told: a signal on the way would change nothing but that
+    with handling(STOPPING, lambda number, frame: None):
+        message, code = outcome(main)
+        if message:
+            print(f"error: {process()}{' '.join(message.split())}", file=sys.stderr)
+        return code
+
+
+def outcome(main: Callable[[], None]) -> tuple[str, int]:
+    """What to say of how main ended, and the exit code."""
     try:
         with handling(STOPPING, raise_stopped):
             main()
-        return 0
+        return "", 0
     except Stopped as stopped:
-        message, code = str(stopped), stopped.code
+        # a launcher stops the others once one has ended: they may be on their way out by then
+        return PEER_ENDED if peer_ended(stopped.__context__) else (str(stopped), stopped.code)
     except BadInput as error:
-        message, code = str(error), 2
+        return str(error), 2
     except OSError as error:
-        message, code = f"{error.filename or 'file'}: {error.strerror or error}", 2
+        return f"{error.filename or 'file'}: {error.strerror or error}", 2
     except FloatingPointError as error:
-        message, code = str(error), 1
+        return str(error), 1
     except MemoryError:  # NumPy's, where torch's is a RuntimeError
-        message, code = OUT_OF_MEMORY
+        return OUT_OF_MEMORY
     except RuntimeError as error:
         if not (known := of_torch(error)):
             raise
-        message, code = known
-    print(f"error: {process()}{' '.join(message.split())}", file=sys.stderr)
-    return code
+        return known
+
+
+def peer_ended(error: BaseException | None) -> bool:
+    """Whether it is what torch raises where another process of the group is no more."""
+    dist = sys.modules.get("torch.distributed")
+    return (isinstance(error, RuntimeError) and dist is not None and dist.is_initialized()
+            and ("gloo" in str(error) or isinstance(error, dist.DistError)))
 
 
 def of_torch(error: RuntimeError) -> tuple[str, int] | None:
@@ -70,10 +85,7 @@ def of_torch(error: RuntimeError) -> tuple[str, int] | None:
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         reason = str(error).split("\n\n")[0]
         return f"--compile does not work here ({reason}); leave it out", 2
-    if torch.distributed.is_initialized() and (
-            "gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
-        return "another process of the group has ended; run the same command to go on", 1
-    return None
+    return PEER_ENDED if peer_ended(error) else None
 
 
 def print_any_name() -> None:
