@@ -102,7 +102,11 @@ std::string first_line(const std::exception& error) {  // torch appends a stack 
 
 // ---- the model: a function of uint8 images (N, C, H, W), and what export.py says of it ----
 
-std::pair<std::function<Tensor(const Tensor&)>, Metadata> load(const std::string& path) {
+Error no_model(const std::string& path, const std::string& why) {
+    return Error(path + " is no model that export.py made (" + why + ")");
+}
+
+std::pair<std::function<Tensor(const Tensor&)>, Metadata> load(const std::string& path) try {
     if (path.ends_with(".pt2")) {
         auto loader = std::make_shared<torch::inductor::AOTIModelPackageLoader>(path);
         return {[loader](const Tensor& images) { return loader->run({images})[0]; },
@@ -112,6 +116,8 @@ std::pair<std::function<Tensor(const Tensor&)>, Metadata> load(const std::string
                    {"size", ""}, {"mean", ""}, {"data", ""}};
     auto module = std::make_shared<torch::jit::Module>(torch::jit::load(path, torch::kCPU, about));
     return {[module](const Tensor& images) { return module->forward({images}).toTensor(); }, about};
+} catch (const std::exception& error) {
+    throw no_model(path, first_line(error));
 }
 
 // KiB: "VmRSS:" what this process holds now, "VmHWM:" the most that it ever held. Not getrusage,
@@ -155,16 +161,9 @@ int run(int argc, char** argv) {
     mallopt(M_TRIM_THRESHOLD, 1 << 30);
     const long before = memory("VmRSS:");
     c10::InferenceMode inference;
-    std::pair<std::function<Tensor(const Tensor&)>, Metadata> loaded;
-    try {
-        loaded = load(argv[1]);
-    } catch (const std::exception& error) {
-        throw Error(std::string(argv[1]) + " is no model that export.py made (" +
-                    first_line(error) + ")");
-    }
-    auto& [model, about] = loaded;
+    auto [model, about] = load(argv[1]);
     const auto classes = split(about["classes"]), palette = split(about["palette"]);
-    if (classes.empty()) throw Error(std::string(argv[1]) + " is no model that export.py made");
+    if (classes.empty()) throw no_model(argv[1], "it names no classes");
     const int channels = split(about["mean"]).size(), stride = number(about["stride"]);
     if (about["size"].empty())
         throw Error(std::string(argv[1]) +
@@ -205,9 +204,8 @@ int run(int argc, char** argv) {
         const Tensor pixels = to_size(image, size).permute({2, 0, 1}).contiguous();
         const Tensor logits = model(pixels.unsqueeze(0))[0];
         if (logits.size(0) != int64_t(classes.size()))
-            throw Error(std::string(argv[1]) + " is no model that export.py made (it gives " +
-                        std::to_string(logits.size(0)) + " classes and names " +
-                        std::to_string(classes.size()) + ")");
+            throw no_model(argv[1], "it gives " + std::to_string(logits.size(0)) +
+                                        " classes and names " + std::to_string(classes.size()));
         if (palette.empty()) {
             const auto [odds, best] = logits.softmax(0).max(0);
             std::printf("%s: %s %.1f %%\n", path.c_str(),

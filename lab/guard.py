@@ -70,8 +70,7 @@ def outcome(main: Callable[[], None]) -> tuple[str, int]:
 
 def peer_ended(error: BaseException | None) -> bool:
     """Whether it is what torch raises where another process of the group is no more."""
-    dist = sys.modules.get("torch.distributed")
-    return (isinstance(error, RuntimeError) and dist is not None and dist.is_initialized()
+    return (isinstance(error, RuntimeError) and (dist := group()) is not None
             and ("gloo" in str(error) or isinstance(error, dist.DistError)))
 
 
@@ -96,12 +95,16 @@ def print_any_name() -> None:
                                else "backslashreplace")
 
 
+def group() -> typing.Any:
+    """torch.distributed, if this process is one of a group, else None."""
+    dist = getattr(sys.modules.get("torch"), "distributed", None)
+    return dist if dist is not None and dist.is_initialized() else None
+
+
 def process() -> str:
     """Which process of a group speaks, if there are several."""
-    dist = getattr(sys.modules.get("torch"), "distributed", None)
-    if dist is None or not dist.is_initialized() or dist.get_world_size() == 1:
-        return ""
-    return f"process {dist.get_rank()}: "
+    dist = group()
+    return f"process {dist.get_rank()}: " if dist is not None and dist.get_world_size() > 1 else ""
 
 
 def raise_stopped(number: int, frame: object) -> typing.NoReturn:

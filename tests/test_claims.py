@@ -15,7 +15,7 @@ BETTER = ("t", "a", "b", "k", 0.0, math.inf)  # that row a is above row b
 
 
 def test_the_ranges_of_all_claims():
-    """They were fixed before the runs of protocol desk: docs/choices.md."""
+    """They were fixed before the runs of protocol desk: docs/statistics.md."""
     found = {name: {effect[4:] for effect in effects}
              for name, (_, effects) in study.CLAIMS.items()}
     assert found == {
@@ -27,16 +27,16 @@ def test_the_ranges_of_all_claims():
 
 def test_a_verdict_is_corrected_for_all_claims():
     """By Holm: p is 0.0035 alone, and over 0.05 among thirty of its kind."""
-    known = lambda *_: Estimate([1.0] * 3, (Part(0.1, 30),))
+    alike = lambda *_: Estimate([1.0] * 3, (Part(0.1, 30),))
     verdict = lambda count: {one["verdict"] for one in claims.judge(
-        {f"X{i}": ("better", [BETTER]) for i in range(count)}, {}, known).values()}
+        {f"X{i}": ("better", [BETTER]) for i in range(count)}, {}, alike).values()}
     assert verdict(1) == verdict(13) == {"supported"} and verdict(30) == {"undecided"}
 
 
 def test_any_number_of_seeds_is_judged():
     rows = {row: {seed: {"config": {"seed": seed}, "metrics": {"test": {"k": value + seed / 1e4}}}
                   for seed in range(25)} for row, value in (("a", 0.5), ("b", 0.4))}
-    asked = {"X": ("a is better", [("t", "a", "b", "k", 0, math.inf)])}
+    asked = {"X": ("better", [BETTER])}
     seeds_alone = lambda rows, row, other, split, key: Estimate(
         records.paired(rows, row, other, split, key), (Part(1e-9, 24),))
     assert claims.judge(asked, {"t": rows}, seeds_alone)["X"]["verdict"] == "supported"
@@ -55,9 +55,9 @@ def study_of(effect, seeds, draw, units=4000, spread=0.1, images=0.01):
     return {"t": rows}, lambda *_: Estimate(values, error)
 
 
-def needed(tables, estimate, low=0.0, high=math.inf):
+def needed(tables, estimate):
     """The cells that say what claim X would take; none if it is decided."""
-    asked = {"X": ("a is better", [("t", "a", "b", "k", low, high)])}
+    asked = {"X": ("better", [BETTER])}
     found = claims.judge(asked, tables, estimate)
     text = claims.render_needs(asked, found, tables)
     return [[cell.strip() for cell in line.split("|")[2:-1]]

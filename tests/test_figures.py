@@ -43,6 +43,15 @@ def test_trends_show_each_kind_at_its_setting(monkeypatch):
     assert [container.get_label() for container in ax.containers] == ["frozen", "scratch"]
 
 
+def test_every_kind_of_row_has_its_line(monkeypatch):
+    monkeypatch.setattr(figures, "across_seeds", lambda seeds, key: (1.0, 0.1))
+    rows = {(kind, 0.0): {} for kind in ("frozen", "scratch", "tuned")}
+    ax = figures.draw_trends(rows, {"x": {"accuracy": ""}}, "tie", {}).axes[0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["frozen", "scratch",
+                                                                         "tuned"]
+    assert len({bars.lines[0].get_color() for bars in ax.containers}) == 3
+
+
 def test_a_curve_begins_at_epoch_1_over_the_base_rows_in_grey():
     row = lambda *loss: {0: {"config": {}, "path": "x", "curve": {"loss": [*loss]}}}
     figure = figures.draw_curves({"base": row(3.0, 2.0), "other": row(2.5, 1.5)}, "base", "loss")

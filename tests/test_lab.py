@@ -32,6 +32,10 @@ class Net(nn.Module):
         return self.head(self.features(x))
 
 
+def build(settings, *shape):
+    return Net(settings["width"], *shape)
+
+
 def steps_of(images: int) -> Split:
     """A step at one of three places, which is the class."""
     targets = torch.arange(images) % 3
@@ -55,7 +59,7 @@ def train(out, spoil={}, **settings) -> dict:
     dataset = replace(STEPS, **spoil)
     cfg = Config(epochs=6, batch=10, lr=1e-2, device="cpu", precision="fp32", out=str(out),
                  **settings)
-    run = engine.Run(cfg, dataset, lambda settings, *shape: Net(settings["width"], *shape))
+    run = engine.Run(cfg, dataset, build)
     engine.fit(run, hinge)
     run.finish(*run.evaluate(share_right,
                              lambda logits, split: {"prediction": logits.argmax(1).numpy()}))
@@ -75,15 +79,13 @@ def test_a_network_a_set_and_a_loss_of_ones_own(tmp_path, monkeypatch, capsys):
             train(tmp_path / "stopped")
     again = train(tmp_path / "stopped")
     assert again["weights_sha256"] == whole["weights_sha256"] and again["curve"] == whole["curve"]
-    model, record = engine.load_trained(tmp_path / "whole/seed0.pt", torch.device("cpu"),
-                                        lambda settings, *shape: Net(settings["width"], *shape))
+    model, record = engine.load_trained(tmp_path / "whole/seed0.pt", torch.device("cpu"), build)
     assert record == whole and isinstance(model, Net) and not model.training
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_belongs_to_the_weights_that_it_started_from(tmp_path, monkeypatch, finished):
     monkeypatch.setattr(sys, "argv", ["mine.py"])
-    build = lambda settings, *shape: Net(settings["width"], *shape)
     cfg = Config(batch=10, device="cpu", precision="fp32", out=str(tmp_path))
     one, other = (Net(4, 1, 3).state_dict() for _ in range(2))
     run = engine.Run(cfg, STEPS, build, one)
@@ -133,7 +135,7 @@ def test_settings_of_a_run_from_before_a_setting_was_added():
 
 # ---- each use of the seed, and of the settings of a step ----
 
-def steps_run(out, seed, build=lambda settings, *shape: Net(settings["width"], *shape), **more):
+def steps_run(out, seed, build=build, **more):
     cfg = Config(epochs=2, batch=10, lr=1e-2, device="cpu", precision="fp32", seed=seed,
                  out=str(out), **more)
     return engine.Run(cfg, STEPS, build)

@@ -133,6 +133,16 @@ def fresh(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def from_npm(monkeypatch):
+    """What npm gives, and the build expects: small files."""
+    content = {name: name.encode() for name in build.RUNTIME}
+    monkeypatch.setattr(build, "RUNTIME", {
+        name: hashlib.sha256(value).hexdigest() for name, value in content.items()})
+    monkeypatch.setattr(build, "from_npm", lambda *_: content)
+    return content
+
+
 def built(out: Path) -> int:
     return cli.guard(lambda: build.main(["--out", str(out)]))
 
@@ -159,11 +169,7 @@ def test_an_npm_that_cannot_get_it_and_a_wrong_runtime(fresh, monkeypatch, capsy
     assert not (fresh / "page").exists() and not (fresh / "build").exists()
 
 
-def test_the_site_is_whole_and_replaced_as_a_whole(fresh, monkeypatch, capsys):
-    content = {name: name.encode() for name in build.RUNTIME}
-    monkeypatch.setattr(build, "RUNTIME", {
-        name: hashlib.sha256(value).hexdigest() for name, value in content.items()})
-    monkeypatch.setattr(build, "from_npm", lambda *_: content)
+def test_the_site_is_whole_and_replaced_as_a_whole(fresh, from_npm, monkeypatch, capsys):
     (fresh / "page").mkdir()  # an empty folder is no one's
     assert built(fresh / "page") == 0 and "page " in capsys.readouterr().out
     (fresh / "page/old.html").write_text("of an earlier build")
@@ -171,7 +177,7 @@ def test_the_site_is_whole_and_replaced_as_a_whole(fresh, monkeypatch, capsys):
     made = {path.relative_to(fresh / "page").as_posix()
             for path in (fresh / "page").rglob("*") if path.is_file()}
     assert {"index.html", "js/worker.js", "models/index.json", "data/tables.json",
-            *(f"runtime/{name}" for name in content)} <= made
+            *(f"runtime/{name}" for name in from_npm)} <= made
     assert "old.html" not in made and not any(name.endswith(".py") for name in made)
     monkeypatch.setattr(build, "from_npm", None)  # an earlier build's runtime is used again
     (fresh / "link").symlink_to(fresh / "page")  # a link stays one
@@ -222,15 +228,11 @@ def test_forms_and_page_agree_on_names():
         assert outputs == list(forms.OUTPUTS[:1 if segments else 2])
 
 
-def test_a_kept_runtime_of_other_bytes_is_not_used(fresh, monkeypatch):
-    content = {name: name.encode() for name in build.RUNTIME}
-    monkeypatch.setattr(build, "RUNTIME", {
-        name: hashlib.sha256(value).hexdigest() for name, value in content.items()})
-    monkeypatch.setattr(build, "from_npm", lambda *_: content)
+def test_a_kept_runtime_of_other_bytes_is_not_used(fresh, from_npm):
     build.runtime(fresh / "kept")
     (fresh / "kept/ort.wasm.min.mjs").write_bytes(b"another's")
-    assert build.runtime(fresh / "kept") == content
-    assert (fresh / "kept/ort.wasm.min.mjs").read_bytes() == content["ort.wasm.min.mjs"]
+    assert build.runtime(fresh / "kept") == from_npm
+    assert (fresh / "kept/ort.wasm.min.mjs").read_bytes() == from_npm["ort.wasm.min.mjs"]
 
 
 def test_the_verdicts_are_those_of_the_study(tmp_path):

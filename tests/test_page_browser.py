@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from browsing import PAGE, browser, content, drop, open_page, site  # noqa: F401 -- fixtures
 from PIL import Image
 
 import predict
-from tests.browsing import PAGE, browser, content, drop, open_page, site  # noqa: F401 -- fixtures
 
 ROOT = Path(__file__).parent.parent
 INDEX = json.loads((Path(PAGE) / "models/index.json").read_text())

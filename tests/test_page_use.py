@@ -1,9 +1,8 @@
 """The page in hands, under keys and when something fails: `make test-page`."""
 
 import pytest
+from browsing import browser, content, drop, open_page, site  # noqa: F401 -- fixtures
 from PIL import Image
-
-from tests.browsing import browser, content, drop, open_page, site  # noqa: F401 -- fixtures
 
 PHONE = {"viewport": {"width": 360, "height": 780}, "has_touch": True, "is_mobile": True}
 READY = {"shift": "globalThis.probe?.shift?.found()", "tables": "document.querySelector('td')",

@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import make_tiny_root, run
 from PIL import Image
+from tools import REPO, masks, photos, seen_by  # noqa: F401 -- photos is a fixture
 
 import data
 import metrics
 from lab import forms
 from lab.files import colours, mask_to, read_image, to_size
-from tests.tools import REPO, masks, photos, seen_by  # noqa: F401 -- photos is a fixture
 
 CASES = Path(__file__).parent / "cases"
 

@@ -270,15 +270,6 @@ def test_one_seed_is_drawn_without_an_interval(tmp_path):
         assert (bars.get_segments()[0].size > 0) == (count > 1)
 
 
-def test_every_kind_of_row_has_its_line(tmp_path):
-    write_surrogates(tmp_path)
-    seeds = study.load_records(tmp_path / "small/attention", "small")["frozen-tie0"]
-    rows = {(kind, 0.0): seeds for kind in ("frozen", "scratch", "tuned")}
-    ax = figures.draw_trends(rows, {"x": {"accuracy": ""}}, "tie", {}).axes[0]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["frozen", "scratch",
-                                                                         "tuned"]
-    assert len({bars.lines[0].get_color() for bars in ax.containers}) == 3
-
 
 def test_one_switch_at_a_time_counts_the_seeds_that_both_rows_have(tmp_path):
     for row, seeds, settings in (

@@ -10,11 +10,11 @@ import onnx
 import pictures
 import pytest
 from PIL import Image
+from tools import masks, photos, seen_by, tool  # noqa: F401 -- fixtures
 
 import data
 import predict
 from lab.files import BadInput
-from tests.tools import masks, photos, seen_by, tool  # noqa: F401 -- fixtures
 
 
 def test_a_mask_never_replaces_what_is_read(tool, photos, tmp_path):
