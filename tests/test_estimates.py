@@ -145,7 +145,7 @@ def test_the_choice_of_test_images_is_in_a_prediction_and_in_no_training_metric(
             path = write_record(tmp_path, name, seed, right[seed] / 1000, 0.99 + seed / 1000)
             np.savez(path.with_suffix(".npz"), prediction=np.arange(1000) < right[seed],
                      target=np.ones(1000, bool))
-    rows = study.load_records(tmp_path / "small/table1", "small")
+    rows = study.load_records(tmp_path / "desk/table1", "desk")
     train, test = (study.estimate(rows, row, base, split, "accuracy")
                    for split in ("train", "test"))
     assert len(train.error) == 1 and train.seeds_alone

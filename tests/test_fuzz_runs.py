@@ -123,7 +123,7 @@ def test_damaged_arrays_are_read_exactly_or_refused(content):
 
 SCRIPTS = {train_cls: train_cls.PROTOCOLS, train_seg: train_seg.PROTOCOLS}
 ODD = ["", "0", "-1", "1", "16", "0.5", "1e400", "1e-400", "nan", "-inf", "0x10", "1_000", "٣",
-       " 1 ", "9" * 5000, "two", "--", "-", "=", "\0", "a\nb", "%s", "none", "dev", "small", "gelu",
+       " 1 ", "9" * 5000, "two", "--", "-", "=", "\0", "a\nb", "%s", "none", "dev", "desk", "gelu",
        "unet"]
 FLAGS = sorted({f"--{no}{field.name.replace('_', '-')}" for script in SCRIPTS
                 for field in dataclasses.fields(script.Config) for no in ("", "no-")})

@@ -239,8 +239,8 @@ def test_the_verdicts_are_those_of_the_study(tmp_path):
     accuracies = {"maxpool-2-32": 0.9, "maxpool-2-32-noact": 0.92, "stride-2-32": 0.8}
     for row, accuracy in accuracies.items():
         runs(tmp_path, "table1", row, [{"accuracy": x} for x in wobble(accuracy)])
-    tables = {name: study.load_records(tmp_path / "small" / name, "small") for name in study.REPORT}
-    judged, found = study.judge(tables), build.verdicts(tables, "small")
+    tables = {name: study.load_records(tmp_path / "desk" / name, "desk") for name in study.REPORT}
+    judged, found = study.judge(tables), build.verdicts(tables, "desk")
     assert [one["claim"] for one in found] == [*judged]
     for one in found:
         whole = judged[one["claim"]]

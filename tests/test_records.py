@@ -30,7 +30,7 @@ def changed(path, change):
 def refused(root, capsys, *argv) -> str:
     """What study.py says, in one line, and with exit code 2."""
     capsys.readouterr()
-    assert cli.guard(lambda: study.main([*argv, "--protocol", "small", "--results",
+    assert cli.guard(lambda: study.main([*argv, "--protocol", "desk", "--results",
                                          str(root)])) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -59,21 +59,21 @@ def of(name, value=None):
     (of("environment"), "has no environment"),
     (of("environment", {}), "has no environment device")])
 def test_a_damaged_record_is_refused_by_name(two_rows, capsys, change, message):
-    path = two_rows / "small/table1/stride-2-32/seed0.json"
+    path = two_rows / "desk/table1/stride-2-32/seed0.json"
     changed(path, change)
     said = refused(two_rows, capsys, "table1")
     assert message in said and str(path) in said
 
 
 def test_a_record_without_a_curve_has_no_picture(two_rows, capsys):
-    path = two_rows / "small/table1/stride-2-32/seed0.json"
+    path = two_rows / "desk/table1/stride-2-32/seed0.json"
     changed(path, of("curve"))
     assert f"{path} has no curve" in refused(two_rows, capsys, "figures")
 
 
 @pytest.mark.parametrize("metrics", [{"accuracy": None}, {}])
 def test_a_metric_that_is_null_counts_as_missing(two_rows, metrics):
-    path = two_rows / "small/table1/stride-2-32/seed1.json"
+    path = two_rows / "desk/table1/stride-2-32/seed1.json"
     before = table(two_rows)["stride-2-32"]
     changed(path, lambda record: record["metrics"].update(test=metrics))
     row = table(two_rows)["stride-2-32"]
@@ -105,11 +105,11 @@ def save(path, **arrays):
     (dict(hits=np.ones((3, 2, 192)), misses=np.ones((3, 2, 192)), groups=np.arange(3)),
      "holds groups, hits, misses, no accuracy of each image")])
 def test_arrays_of_another_run_are_refused(two_rows, capsys, arrays, message):
-    for path in two_rows.glob("small/table1/*/*.json"):
+    for path in two_rows.glob("desk/table1/*/*.json"):
         accuracy = json.loads(path.read_text())["metrics"]["test"]["accuracy"]
         changed(path, of("metrics.test.images", 100))
         save(path, accuracy=np.full(100, accuracy))
-    path = two_rows / "small/table1/maxpool-2-32/seed1.json"
+    path = two_rows / "desk/table1/maxpool-2-32/seed1.json"
     table(two_rows)
     save(path, **arrays)
     records.load_arrays.cache_clear()
@@ -119,7 +119,7 @@ def test_arrays_of_another_run_are_refused(two_rows, capsys, arrays, message):
 
 def test_arrays_of_unequal_length_are_not_compared(two_rows, capsys):
     """As of records from before they said how many images they were of."""
-    save(two_rows / "small/table1/stride-2-32/seed1.json", accuracy=np.full(1, 0.81))
+    save(two_rows / "desk/table1/stride-2-32/seed1.json", accuracy=np.full(1, 0.81))
     assert "seed1.npz has 1 values of accuracy, but" in refused(two_rows, capsys, "table1")
 
 
@@ -130,7 +130,7 @@ def test_arrays_of_unequal_length_are_not_compared(two_rows, capsys):
 def test_counts_that_cannot_be_are_refused(tmp_path, capsys, change, message):
     for row in ("standard", "ce"):
         runs(tmp_path, "table2", row, [{"map": x, "wgap": x - 0.3} for x in wobble(0.7)])
-    path = tmp_path / "small/table2/ce/seed3.npz"
+    path = tmp_path / "desk/table2/ce/seed3.npz"
     arrays = dict(np.load(path))
     change(arrays)
     np.savez(path, **arrays)
@@ -141,7 +141,7 @@ def test_counts_that_cannot_be_are_refused(tmp_path, capsys, change, message):
 def test_arrays_of_a_classifier_say_nothing_of_precision(tmp_path, capsys):
     for row in ("standard", "ce"):
         runs(tmp_path, "table2", row, [{"map": x, "wgap": x - 0.3} for x in wobble(0.7)])
-    path = tmp_path / "small/table2/ce/seed3.npz"
+    path = tmp_path / "desk/table2/ce/seed3.npz"
     np.savez(path, prediction=np.ones(9), target=np.ones(9))
     said = refused(tmp_path, capsys, "claims")
     assert "holds no hits" in said and str(path) in said
@@ -150,14 +150,14 @@ def test_arrays_of_a_classifier_say_nothing_of_precision(tmp_path, capsys):
 def test_arrays_of_another_row_are_refused(tmp_path, capsys):
     for row, score in (("standard", 0.7), ("ce", 0.6), ("dice", 0.5)):
         runs(tmp_path, "table2", row, [{"map": x, "wgap": x - 0.3} for x in wobble(score)])
-    folder = tmp_path / "small/table2"
+    folder = tmp_path / "desk/table2"
     shutil.copy(folder / "ce/seed3.npz", folder / "dice/seed3.npz")
     said = refused(tmp_path, capsys, "claims")
     assert "dice/seed3.npz" in said and "ce/seed3.npz" in said and "same arrays" in said
 
 
 def test_lost_arrays_are_named(two_rows, capsys):
-    path = two_rows / "small/table1/stride-2-32/seed1.npz"
+    path = two_rows / "desk/table1/stride-2-32/seed1.npz"
     path.unlink()
     assert str(path) in refused(two_rows, capsys, "table1")
 
@@ -167,12 +167,12 @@ def test_lost_arrays_are_named(two_rows, capsys):
 def test_a_row_may_have_any_name(tmp_path):
     for row in ("maxpool-2-32", "ce[2]", "a*"):
         write_record(tmp_path, row, 0, 0.9)
-    assert set(study.load_records(tmp_path / "small/table1", "small")) == {"maxpool-2-32", "ce[2]",
+    assert set(study.load_records(tmp_path / "desk/table1", "desk")) == {"maxpool-2-32", "ce[2]",
                                                                            "a*"}
 
 
 def test_only_what_is_called_a_seed_is_one(two_rows, capsys):
-    folder = two_rows / "small/table1/stride-2-32"
+    folder = two_rows / "desk/table1/stride-2-32"
     before = table(two_rows)
     for name in ("seed0-old.json", "seed0_old.json", "seed00.json", "seeds.json"):
         shutil.copy(folder / "seed0.json", folder / name)
@@ -186,7 +186,7 @@ def test_only_what_is_called_a_seed_is_one(two_rows, capsys):
 def test_a_missing_folder_is_named_and_not_made(tmp_path, capsys):
     for argv in (["table1", "--name", "typo"], ["claims"], ["figures"], ["attention"]):
         said = refused(tmp_path, capsys, *argv)
-        assert str(tmp_path / ("small-typo" if "typo" in argv else "small")) in said
+        assert str(tmp_path / ("desk-typo" if "typo" in argv else "desk")) in said
         assert "no records" in said
     assert not list(tmp_path.iterdir())
 

@@ -52,7 +52,7 @@ def test_help_reads_as_documentation(script):
                           capture_output=True, text=True).stdout
     assert f"python {script}" in text
     if script != "data.py":
-        for said in ("peak learning rate of Adam (0.001)", "protocols:", "  small   --epochs"):
+        for said in ("peak learning rate of Adam (0.001)", "protocols:", "  smoke   --epochs"):
             assert said in text
 
 
@@ -80,10 +80,10 @@ def test_the_default_place_names_what_was_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_seg.py"])
     assert parse() == "runs/train_seg/report/base"
     assert parse("--width", "32", "--seed", "3", "--device", "cpu") == "runs/train_seg/report/base"
-    assert parse("--protocol", "small", "--width", "64", "--no-inter-skip") == \
-        "runs/train_seg/small/width=64,inter_skip=False"
-    assert parse("--no-inter-skip", "--protocol", "small", "--width", "64") == \
-        "runs/train_seg/small/width=64,inter_skip=False"  # the same run, whatever comes first
+    assert parse("--protocol", "desk", "--width", "64", "--no-inter-skip") == \
+        "runs/train_seg/desk/width=64,inter_skip=False"
+    assert parse("--no-inter-skip", "--protocol", "desk", "--width", "64") == \
+        "runs/train_seg/desk/width=64,inter_skip=False"  # the same run, whatever comes first
     assert parse("--out", "here") == "here"
 
 

@@ -23,7 +23,7 @@ def saved(monkeypatch):
 
 
 def draw(root):
-    study.main(["figures", "--protocol", "small", "--results", str(root)])
+    study.main(["figures", "--protocol", "desk", "--results", str(root)])
 
 
 # ---- the test set's error of MAP and WGAP ----
@@ -49,12 +49,12 @@ def test_the_error_by_the_choice_of_photos_is_a_bootstraps(tmp_path, key, over_c
         rise = np.linspace(-1, 1, bins) * (skill - hard)
         hits = pick.poisson(40 * np.exp(2 * rise) * (1 + hard))
         counts[row] = hits, pick.poisson(60 * np.exp(-2 * rise))
-        folder = tmp_path / "small/table2" / row
+        folder = tmp_path / "desk/table2" / row
         folder.mkdir(parents=True)
         wide = np.zeros((2, photos, classes, metrics.BINS), np.int32)
         wide[..., 90:90 + bins] = counts[row]
         (folder / "seed0.json").write_text(json.dumps({
-            "config": {"protocol": "small", "seed": 0, "row": row}, "data": "d",
+            "config": {"protocol": "desk", "seed": 0, "row": row}, "data": "d",
             "metrics": {"test": {key: skill}}}))
         np.savez(folder / "seed0.npz", hits=wide[0], misses=wide[1], groups=np.arange(photos))
 
@@ -65,7 +65,7 @@ def test_the_error_by_the_choice_of_photos_is_a_bootstraps(tmp_path, key, over_c
     draws = np.random.default_rng(1).integers(photos, size=(2500, photos))
     both = np.array([[value(row, drawn) for row in counts] for drawn in draws])
     expected = np.var(both[:, 0] - both[:, 1]) * photos / (photos - 1)
-    rows = study.load_records(tmp_path / "small/table2", "small")
+    rows = study.load_records(tmp_path / "desk/table2", "desk")
     part = study.estimates.test_set_part(rows, "standard", "ce", key, study.REDRAWS)
     assert part.variance == pytest.approx(expected, rel=0.15) and part.dof == photos - 1
     assert both.var(0).sum() > 1.6 * expected  # drawn apart for each row it would be this
@@ -96,14 +96,14 @@ def test_the_base_is_the_reports_and_not_the_first_that_was_run(tmp_path, saved)
         write_record(tmp_path, row, 0, accuracy, act=row)
     draw(tmp_path)
     labels = [label.get_text() for label in
-              saved[tmp_path / "small/table1.png"].axes[0].get_yticklabels()]
+              saved[tmp_path / "desk/table1.png"].axes[0].get_yticklabels()]
     assert labels == ["stride-2-32", "a-mine"]
 
 
 def test_base_rows_alone_give_figures(tmp_path, saved):
     for seed in (0, 1):
         write_record(tmp_path, "maxpool-2-32", seed, 0.9 + 0.01 * seed)
-    shutil.copytree(tmp_path / "small/table1/maxpool-2-32", tmp_path / "small/table2/standard")
+    shutil.copytree(tmp_path / "desk/table1/maxpool-2-32", tmp_path / "desk/table2/standard")
     draw(tmp_path)
     assert {path.name for path in saved} == {"table1.png", "table1-curves.png", "table2.png",
                                              "table2-curves.png"}
@@ -114,10 +114,10 @@ def test_each_protocol_has_its_own_picture_of_power(tmp_path, saved):
         for i, row in enumerate([*rows][:3]):
             runs(tmp_path, name, row, [{"accuracy": x, "map": x, "wgap": x - 0.3}
                                        for x in wobble(0.7 + 0.01 * i)])
-    for path in tmp_path.glob("small/table*/*/*.json"):
+    for path in tmp_path.glob("desk/table*/*/*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "curve": {"loss": [1.0]}}))
     draw(tmp_path)
-    assert tmp_path / "small/power.png" in saved
+    assert tmp_path / "desk/power.png" in saved
 
 
 def test_every_metric_has_a_curve_of_power_and_a_marker_of_its_own():
@@ -147,7 +147,7 @@ def test_one_switch_at_a_time(tmp_path):
         for seed in (0, 1):
             write_record(tmp_path, row, seed, accuracy, **settings)
     table(tmp_path)
-    text = (tmp_path / "small/table1.md").read_text()
+    text = (tmp_path / "desk/table1.md").read_text()
     lines = [[cell.strip(" `") for cell in line.split("|")[1:-1]]
              for line in text.split("One switch at a time")[1].splitlines() if "`" in line]
     assert [line[:4] for line in lines] == [
@@ -162,7 +162,7 @@ def test_where_every_row_has_one_switch_nothing_is_added(tmp_path):
     for row, down in (("maxpool-2-32", "maxpool"), ("stride-2-32", "stride")):
         write_record(tmp_path, row, 0, 0.9, down=down)
     table(tmp_path)
-    assert "One switch" not in (tmp_path / "small/table1.md").read_text()
+    assert "One switch" not in (tmp_path / "desk/table1.md").read_text()
 
 
 # ---- claims ----
@@ -199,7 +199,7 @@ def write_surrogates(root, images=400):
     pick = np.random.default_rng(0)
     right = pick.random((3, images)) < 0.8
     for seed in range(3):
-        folder = root / "small/attention/frozen-tie0"
+        folder = root / "desk/attention/frozen-tie0"
         folder.mkdir(parents=True, exist_ok=True)
         cells = {f"accuracy_cell{c}": right[seed].astype(np.float32) for c in range(4)}
         arrays = {"accuracy": right[seed], "prediction": right[seed].astype(np.uint8),
@@ -207,7 +207,7 @@ def write_surrogates(root, images=400):
         scores = {key: float(arrays[key].mean(dtype=float)) for key in ("accuracy", *cells)}
         scores["trouser_without_three"] = 0.002
         (folder / f"seed{seed}.json").write_text(json.dumps({
-            "config": {"protocol": "small", "seed": seed, "frozen": True, "tie": 0.0}, "data": "d",
+            "config": {"protocol": "desk", "seed": seed, "frozen": True, "tie": 0.0}, "data": "d",
             "metrics": {"test": {**scores, "trouser_with_three": 0.01 * seed}}}))
         np.savez(folder / f"seed{seed}.npz", **arrays)
     return right
@@ -215,8 +215,8 @@ def write_surrogates(root, images=400):
 
 def test_the_surrogates_intervals_count_the_test_images(tmp_path):
     right = write_surrogates(tmp_path)
-    study.main(["attention", "--protocol", "small", "--results", str(tmp_path)])
-    text = (tmp_path / "small/attention.md").read_text()
+    study.main(["attention", "--protocol", "desk", "--results", str(tmp_path)])
+    text = (tmp_path / "desk/attention.md").read_text()
     values = 100 * right.mean(1)
     of_seeds = stats.t.ppf(0.975, 2) * values.std(ddof=1) / math.sqrt(3)
     of_images = stats.t.ppf(0.975, 399) * 100 * right.mean(0).std(ddof=1) / math.sqrt(400)
@@ -224,7 +224,7 @@ def test_the_surrogates_intervals_count_the_test_images(tmp_path):
     assert cells[1] == f"{values.mean():.2f} ± {math.hypot(of_seeds, of_images):.2f}"
     assert of_images > 0.3 and cells[6:8] == ["1.00 ± 2.48", "0.20"]
     assert "over seeds alone" in text
-    mean, half = figures.across_seeds(study.load_records(tmp_path / "small/attention", "small")
+    mean, half = figures.across_seeds(study.load_records(tmp_path / "desk/attention", "desk")
                                       ["frozen-tie0"], "accuracy")
     assert half == pytest.approx(math.hypot(of_seeds, of_images))
 
@@ -246,7 +246,7 @@ def test_losses_of_another_kind_have_an_axis_of_their_own():
 
 def test_no_title_of_the_shifts_touches_a_colour_bar(tmp_path):
     write_surrogates(tmp_path)
-    seeds = study.load_records(tmp_path / "small/attention", "small")["frozen-tie0"]
+    seeds = study.load_records(tmp_path / "desk/attention", "desk")["frozen-tie0"]
     sweep = {key: np.random.default_rng(0).random((29, 29))
              for key in ("sweep_accuracy", "sweep_consistency")}
     figure = panels.draw_shifts("frozen", seeds, sweep)
@@ -259,7 +259,7 @@ def test_no_title_of_the_shifts_touches_a_colour_bar(tmp_path):
 
 def test_one_seed_is_drawn_without_an_interval(tmp_path):
     write_surrogates(tmp_path)
-    rows = study.load_records(tmp_path / "small/attention", "small")
+    rows = study.load_records(tmp_path / "desk/attention", "desk")
     sweep = dict.fromkeys(("sweep_accuracy", "sweep_consistency"), np.zeros((29, 29)))
     for count in (1, 3):
         seeds = dict([*rows["frozen-tie0"].items()][:count])
@@ -279,5 +279,5 @@ def test_one_switch_at_a_time_counts_the_seeds_that_both_rows_have(tmp_path):
         for seed in range(seeds):
             write_record(tmp_path, row, seed, 0.9, **settings)
     table(tmp_path)
-    lines = (tmp_path / "small/table1.md").read_text().split("One switch at a time")[1].splitlines()
+    lines = (tmp_path / "desk/table1.md").read_text().split("One switch at a time")[1].splitlines()
     assert [line.split("|")[-2].strip() for line in lines if "stride-2-32-gelu" in line] == ["2"]

@@ -53,7 +53,7 @@ def test_a_column_that_the_report_lacks_stands_alone(tmp_path):
     for row, miou in (("standard", 0.5), ("unet", 0.45)):
         runs(tmp_path, "table2", row, [dict(map=0.2 + value, wgap=value, miou=value)
                                        for value in wobble(miou)])
-    rows = study.load_records(tmp_path / "small/table2", "small")
+    rows = study.load_records(tmp_path / "desk/table2", "desk")
     for one in study.records.each_of(rows):
         one |= dict(parameters=1, multiply_adds=1, train_seconds=1, environment={"device": "x"})
     head, rule, base, unet, *_ = study.render(rows, "table2", 6).splitlines()
@@ -67,12 +67,12 @@ def test_a_name_cannot_break_out_of_the_table(tmp_path):
     write_record(tmp_path, "maxpool-2-32", 0, 0.9)
     write_record(tmp_path, "x| <img src=y>\n`<b>", 0, 0.9)
     assert "x? ?img src=y????b?" in "".join(table(tmp_path))
-    assert "<" not in (tmp_path / "small/table1.md").read_text()
+    assert "<" not in (tmp_path / "desk/table1.md").read_text()
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(protocol="report"),
-     "stride-2-32/seed0.json is of protocol report, this is the small table"),
+     "stride-2-32/seed0.json is of protocol report, this is the desk table"),
     (dict(epochs=3), "stride-2-32/seed0.json has epochs 3, but .*maxpool-2-32/seed0.json has 2"),
     (dict(data="other"), "stride-2-32/seed0.json was made on other data")])
 def test_a_record_that_does_not_belong_is_refused_by_name(tmp_path, change, message):
@@ -85,7 +85,7 @@ def test_a_record_that_does_not_belong_is_refused_by_name(tmp_path, change, mess
 def test_a_setting_that_older_records_lack_refuses_no_table(tmp_path):
     write_record(tmp_path, "maxpool-2-32", 0, 0.9)
     write_record(tmp_path, "stride-2-32", 0, 0.9, new_setting=3)
-    path = tmp_path / "small/table1/stride-2-32/seed0.json"
+    path = tmp_path / "desk/table1/stride-2-32/seed0.json"
     record = json.loads(path.read_text())
     del record["config"]["warmup"]  # one of those that all rows must share
     path.write_text(json.dumps(record))
@@ -94,10 +94,10 @@ def test_a_setting_that_older_records_lack_refuses_no_table(tmp_path):
 
 @pytest.mark.parametrize("what", ["table1", "table2", "attention", "claims"])
 def test_a_study_without_a_record_shows_nothing(tmp_path, what):
-    (tmp_path / "small/table1/maxpool-2-32").mkdir(parents=True)
-    with pytest.raises(ValueError, match="small has no record in .*make help"):
-        study.main([what, "--protocol", "small", "--results", str(tmp_path)])
-    assert not [*tmp_path.glob("small/*.md")]
+    (tmp_path / "desk/table1/maxpool-2-32").mkdir(parents=True)
+    with pytest.raises(ValueError, match="desk has no record in .*make help"):
+        study.main([what, "--protocol", "desk", "--results", str(tmp_path)])
+    assert not [*tmp_path.glob("desk/*.md")]
 
 
 def test_an_unknown_protocol_is_refused(tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_two_seeds_of_a_row_must_share_its_configuration(tmp_path):
 
 def test_refusal_is_one_line_and_exit_code_2(tmp_path):
     write_record(tmp_path, "maxpool-2-32", 0, 0.9, protocol="report")
-    done = subprocess.run([sys.executable, "study.py", "table1", "--protocol", "small",
+    done = subprocess.run([sys.executable, "study.py", "table1", "--protocol", "desk",
                            "--results", str(tmp_path)], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
@@ -202,8 +202,8 @@ def test_what_computes_a_table_renders_it_again_and_trains_nothing(make, tmp_pat
 def test_photos_that_are_not_there_are_asked_for_once_before_the_first_row(make, tmp_path):
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/log\n')  # fetches none
     (tmp_path / "python").chmod(0o755)
-    common = (f"PY={tmp_path}/python", "PROTOCOL=small", f"DATA_ROOT={tmp_path}/no photos")
-    assert make("rows/table2", *common, "RUN=env", "-j3").returncode == 0
+    common = (f"PY={tmp_path}/python", "PROTOCOL=desk", f"DATA_ROOT={tmp_path}/no photos")
+    assert make("rows/table2", *common, "SEEDS=0 1 2", "RUN=env", "-j3").returncode == 0
     asked, *rows = (tmp_path / "log").read_text().splitlines()
     assert asked == "data.py --only facades" and len(rows) == 3 * len(study.REPORT["table2"])
     assert all(row.startswith("train_seg.py ") for row in rows)
@@ -211,13 +211,13 @@ def test_photos_that_are_not_there_are_asked_for_once_before_the_first_row(make,
 
 
 def test_nothing_is_fetched_where_no_photo_is_missing(make, tmp_path, streets):
-    small, nowhere = ("-n", "PROTOCOL=small"), f"DATA_ROOT={tmp_path}/nowhere"
-    for words in (("table2", *small), ("table1", *small, nowhere), ("table2", "-n", nowhere),
-                  ("table2", *small, nowhere, f"DATA={streets}")):
+    desk, nowhere = ("-n", "PROTOCOL=desk"), f"DATA_ROOT={tmp_path}/nowhere"
+    for words in (("table2", *desk), ("table1", *desk, nowhere), ("table2", "-n", nowhere),
+                  ("table2", *desk, nowhere, f"DATA={streets}")):
         plan = make(*words).stdout
         assert "train_" in plan and "data.py" not in plan
     finished(make, tmp_path / "results/smoke")  # nor where every row is there, as in a clone
-    plan = make("claims", *small, "SEEDS=0", nowhere, "-W", "study.py").stdout
+    plan = make("claims", *desk, "SEEDS=0", nowhere, "-W", "study.py").stdout
     assert "study.py claims" in plan and "data.py" not in plan and "train_" not in plan
 
 
@@ -257,7 +257,7 @@ def test_a_stranger_adds_a_row_by_one_line(make, tmp_path):
     assert record["config"]["width"] == 4 and record["config"]["loss"] == "dice"
 
 
-@pytest.mark.parametrize("typed", ["typo", "", "small smoke", "%"])
+@pytest.mark.parametrize("typed", ["typo", "", "desk smoke", "%"])
 def test_an_unknown_protocol_is_refused_before_anything_runs(make, tmp_path, typed):
     done = make("table1", f"PROTOCOL={typed}")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
@@ -318,11 +318,11 @@ def test_verdicts_on_made_up_attention(tmp_path):
             "scratch-tie0.9": {"accuracy": 0.81, "mass": 0.8}}
     for row, scores in rows.items():
         for seed in SEEDS:
-            folder = tmp_path / "small/attention" / row
+            folder = tmp_path / "desk/attention" / row
             folder.mkdir(parents=True, exist_ok=True)
             wobbled = {key: value + 0.0004 * (seed - 2.5) for key, value in scores.items()}
             (folder / f"seed{seed}.json").write_text(json.dumps({
-                "config": {"protocol": "small", "seed": seed}, "data": "d",
+                "config": {"protocol": "desk", "seed": seed}, "data": "d",
                 "metrics": {"test": wobbled}}))
             np.savez(folder / f"seed{seed}.npz",
                      **{key: np.full(500, value) for key, value in wobbled.items()})
@@ -355,16 +355,16 @@ def test_standard_error_adds_seeds_and_test_set(tmp_path):
     """Two rows that disagree on 200 of 10,000 images, always the same way: by hand."""
     for row, right in (("maxpool-2-32", 9000), ("maxpool-2-32-noact", 8800)):
         for seed, shift in zip((0, 1), (0.0, 0.002)):
-            folder = tmp_path / "small/table1" / row
+            folder = tmp_path / "desk/table1" / row
             folder.mkdir(parents=True, exist_ok=True)
             score = {"accuracy": right / 10_000 - (shift if "noact" in row else 0)}
             (folder / f"seed{seed}.json").write_text(json.dumps({
-                "config": {"protocol": "small", "seed": seed}, "data": "d",
+                "config": {"protocol": "desk", "seed": seed}, "data": "d",
                 "metrics": {"test": score}}))
             hit = np.arange(10_000) < round(10_000 * score["accuracy"])
             np.savez(folder / f"seed{seed}.npz", prediction=hit,
                      target=np.ones(10_000, bool))
-    rows = study.load_records(tmp_path / "small/table1", "small")
+    rows = study.load_records(tmp_path / "desk/table1", "desk")
     ours = study.estimate(rows, "maxpool-2-32-noact", "maxpool-2-32", "test", "accuracy")
     assert ours.values == pytest.approx([-2.0, -2.2]) and ours.mean == pytest.approx(-2.1)
     from_seeds, from_images = 0.1, 100 * math.sqrt(0.02 * 0.98 / 10_000)  # points
@@ -383,7 +383,7 @@ def test_a_difference_is_over_the_seeds_that_both_rows_have(tmp_path):
                              ("stride-2-32", range(4), 0)):
         for seed in seeds:
             write_record(tmp_path, row, seed, 0.5 + 0.01 * seed + more)
-    rows = study.load_records(tmp_path / "small/table1", "small")
+    rows = study.load_records(tmp_path / "desk/table1", "desk")
     ours = study.estimate(rows, "stride-1-32", "maxpool-2-32", "test", "accuracy")
     assert len(ours.values) == 3 and ours.mean == pytest.approx(2)
     assert ours.half == pytest.approx(0, abs=0.003)
@@ -393,7 +393,7 @@ def test_a_metric_of_which_runs_keep_no_values_has_an_interval_over_seeds_alone(
     """So that a metric is added by its value and its column."""
     for row in ("standard", "ce"):
         runs(tmp_path, "table2", row, [{"map": x, "miou": x} for x in wobble(0.7)[:3]])
-    rows = study.load_records(tmp_path / "small/table2", "small")
+    rows = study.load_records(tmp_path / "desk/table2", "desk")
     for metric, sources in (("map", 2), ("miou", 1)):
         assert len(study.estimate(rows, "ce", "standard", "test", metric).error) == sources
     del rows["ce"][0]["metrics"]["test"]["miou"]  # a run from before the metric was added
