@@ -52,11 +52,12 @@ def browser():
 def open_page(browser, site):
     """Opens a part of the page; at the end: no error on the console, no request elsewhere.
 
-    `refused` is a file that the server does not give.
+    `refused` is a file that the server does not give, `served` are texts that it gives instead of
+    files: {file: text}.
     """
     faults, pages, meant = [], [], []
 
-    def open_part(part="", refused=None, **how):
+    def open_part(part="", refused=None, served={}, **how):
         how = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **how}
         page = browser.new_context(**how).new_page()
         pages.append(page)
@@ -70,6 +71,8 @@ def open_page(browser, site):
         if refused:
             page.route(f"**/{refused}", lambda route: route.fulfill(status=503))
             meant.extend([refused, "503"])
+        for file, text in served.items():
+            page.route(f"**/{file}", answering(text))
         page.goto(f"{site}{part}")
         return page
 
@@ -78,6 +81,10 @@ def open_page(browser, site):
         page.context.close()
     faults = [fault for fault in faults if not any(part in fault for part in meant)]
     assert not faults, faults  # what a test module asserts pytest would show by itself
+
+
+def answering(text):
+    return lambda route: route.fulfill(body=text)
 
 
 def content(image, kind, **how):

@@ -1,7 +1,10 @@
 """The page in hands, under keys and when something fails: `make test-page`."""
 
+import json
+from pathlib import Path
+
 import pytest
-from browsing import browser, content, drop, open_page, site  # noqa: F401 -- fixtures
+from browsing import PAGE, browser, content, drop, open_page, site  # noqa: F401 -- fixtures
 from PIL import Image
 
 PHONE = {"viewport": {"width": 360, "height": 780}, "has_touch": True, "is_mobile": True}
@@ -71,12 +74,16 @@ def test_without_a_clipboard_the_command_is_selected(show):
 
 
 def test_another_protocol_shows_the_same_row_again(show):
-    page = show("tables")
-    row_of(page, "stride-1-32").hover()
-    page.select_option("#protocol", "small")
-    page.mouse.move(0, 0)
-    row_of(page, "stride-1-32").hover()
-    assert "make table1/stride-1-32 PROTOCOL=small" in page.locator("#detail").inner_text()
+    tables = json.loads((Path(PAGE) / "data/tables.json").read_text())
+    of_desk = json.dumps(tables["desk"])
+    both = {"desk": tables["desk"], "report": json.loads(of_desk.replace("=desk", "=report"))}
+    page = show("tables", served={"data/tables.json": json.dumps(both)})
+    for protocol in ("desk", "report"):
+        page.select_option("#protocol", protocol)
+        page.mouse.move(0, 0)
+        row_of(page, "stride-1-32").hover()
+        assert f"make table1/stride-1-32 PROTOCOL={protocol}" in \
+            page.locator("#detail").inner_text()
 
 
 def test_a_claim_leaves_the_rest_of_a_phone_free(show):
