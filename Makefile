@@ -300,7 +300,7 @@ $(foreach row,$(EQUIVARIANCE),$(eval $(call equivariance_rule,$(row))))
 
 interpret: $(RESULTS)/attention.md $(RESULTS)/attention.png
 	@cat $<
-	$(call STUDY,figures)
+	$(if $(filter figures,$(MAKECMDGOALS)),,$(call STUDY,figures))
 
 rows/attention $(RESULTS)/attention.md: $(call records,$(attention) $(equivariance))
 
