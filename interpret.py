@@ -383,7 +383,7 @@ def traced(model: models.HourGlass, shape: tuple[int, int, int]) -> list[dict]:
 
 def draw_architecture(cfg: Architecture) -> None:
     blocks = traced(models.HourGlass(2, 2), (3, 64, 64))
-    figures.save(figures.draw_architecture(blocks, "HourGlass(2, 2): channels of each block"),
+    figures.save(figures.draw_architecture(blocks, "HourGlass(2, 2): output channels by block"),
                  Path(cfg.figure))
 
 

@@ -311,7 +311,9 @@ def draw_measurements(rows: dict) -> dict[str, "figures.Figure"]:  # noqa: F821
                                                 {"CAM mass in garment's cell (%)": 25})}
     if swept := found.get(("frozen", 0)):
         sweep = records.mean_arrays(swept, ("sweep_accuracy", "sweep_consistency"))
-        pictures["shifts.png"] = panels.draw_shifts("frozen", swept, sweep)
+        grids = [records.need(next(iter(swept.values())), "config", name, kind=int)
+                 for name in ("images", "sweep_images")]
+        pictures["shifts.png"] = panels.draw_shifts("frozen", swept, sweep, grids)
     names = records.need(records.each_of(rows)[0], "trained", "about_data", "classes", kind=list)
     confusions = {f"{kind}-tie0.9, all seeds": records.summed_confusion(seeds, len(names))
                   for (kind, tie), seeds in found.items() if tie == 0.9}

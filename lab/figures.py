@@ -240,7 +240,7 @@ def draw_architecture(blocks: list[dict], title: str) -> Figure:
            ylabel="output (pixels)")
     handles = [Patch(facecolor=colour, edgecolor="black", label=kind)
                for kind, colour in hue.items()]
-    handles.append(Line2D([], [], color="black", ls="--", label="inter skip: a sum"))
+    handles.append(Line2D([], [], color="black", ls="--", label="inter skip: added at the input"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
@@ -279,7 +279,8 @@ def draw_trends(rows: dict[tuple[str, float], dict], panels: dict[str, dict[str,
                xlabel=xlabel, title=title)
         ax.title.set_fontsize(10)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, frameon=False, ncols=2, loc="upper center",
+                  bbox_to_anchor=(0.5, -0.2))  # below: bars may reach anywhere
     return figure
 
 

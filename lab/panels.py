@@ -32,20 +32,22 @@ def title_of(dataset: Dataset, score: str) -> str:
 
 
 def draw_segmentation(dataset: Dataset, logits: Tensor, each: list[float], score: str) -> Figure:
-    """Image, truth, prediction, errors: of the best, the median and the two worst images.
+    """Image, truth, prediction, errors: of the best, the median and the worst image.
 
-    logits (N, classes, H, W) of the held-out split; each: an image's mean IoU.
+    And of the one that shows most of the split's rarest class. logits (N, classes, H, W) of the
+    held-out split; each: an image's mean IoU.
     """
     names, split, prediction = dataset.classes, dataset.test, logits.argmax(1).cpu()
     palette = np.full((256, 3), 255, np.uint8)  # void is white
     palette[:len(names)] = dataset.palette
     labelled = np.flatnonzero(~np.isnan(each))
     order = labelled[np.argsort(np.array(each)[labelled])[::-1]]
-    n = len(order)
-    rows = {"best": 0, "median": n // 2, "next to worst": n - 2, "worst": n - 1}
+    pixels = np.array([(split.targets == c).sum((1, 2)).numpy() for c in range(len(names))])
+    rarest = np.where(pixels.any(1), pixels.sum(1), np.inf).argmin()
+    rows = {"best": order[0], "median": order[len(order) // 2],
+            f"most {literal(names[rarest])}": pixels[rarest].argmax(), "worst": order[-1]}
     figure, axes = subplots(len(rows), 4, figsize=(8.4, 2.15 * len(rows) + 0.9))
-    for row, (label, rank) in zip(axes, rows.items()):
-        i = int(order[max(rank, 0)])
+    for row, (label, i) in zip(axes, rows.items()):
         image, truth = split.images[i].permute(1, 2, 0).numpy(), split.targets[i].numpy()
         grey = image.mean(2, keepdims=True) * 0.5 + 110
         wrong = ((prediction[i].numpy() != truth) & (truth != VOID))[..., None]
@@ -164,10 +166,12 @@ def draw_attention(samples: list[dict], names: tuple[str, ...], title: str) -> F
     return figure
 
 
-def draw_shifts(name: str, seeds: dict[int, dict], sweep: dict[str, np.ndarray]) -> Figure:
+def draw_shifts(name: str, seeds: dict[int, dict], sweep: dict[str, np.ndarray],
+                grids: tuple[int, int]) -> Figure:
     """Accuracy by cell, and accuracy and consistency over all shifts, of one row.
 
     sweep: `sweep_accuracy` and `sweep_consistency`, (29, 29) fractions, means over the seeds.
+    grids: of how many the cells were measured, and the shifts.
     """
     figure, (places, *axes) = subplots(1, 3, figsize=(10, 3.4))
     cells = np.array([across_seeds(seeds, f"accuracy_cell{c}") for c in range(4)])
@@ -178,14 +182,14 @@ def draw_shifts(name: str, seeds: dict[int, dict], sweep: dict[str, np.ndarray])
         places.text(c % 2, c // 2, f"{mean:.1f} %{interval}", ha="center", va="center",
                     bbox={"facecolor": "white", "alpha": 0.8, "lw": 0})
     places.set(xticks=[0, 1], yticks=[0, 1], xticklabels=["left", "right"],
-               yticklabels=["top", "bottom"], title="accuracy by cell")
+               yticklabels=["top", "bottom"], title=f"accuracy by cell,\n{grids[0]:,} grids")
     places.set_ylabel(name, fontsize=12)
     titles = {"sweep_accuracy": "accuracy", "sweep_consistency": "prediction unchanged"}
     for ax, (key, title) in zip(axes, titles.items()):
         image = ax.imshow(100 * sweep[key], cmap="viridis")
         figure.colorbar(image, ax=ax, label="%", shrink=0.75)
         ax.set(xticks=range(0, 29, 4), yticks=range(0, 29, 4), xlabel="shift right (pixels)",
-               ylabel="shift down (pixels)", title=title)
+               ylabel="shift down (pixels)", title=f"{title},\n{grids[1]:,} grids")
     return figure
 
 

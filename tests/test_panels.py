@@ -22,7 +22,8 @@ def test_pictures_of_any_set(task):
     targets = torch.randint(0, 40, shape, dtype=torch.uint8)
     each = [0.5, math.nan, 0.1, 0.9, 0.3, 0.2]
     if task == "segmentation":
-        targets[1] = batches.VOID
+        targets[targets == 39] = targets[targets == 7] = 8  # class 39 is nowhere
+        targets[5, 0, :3], targets[0, 0, 0], targets[1] = 7, 7, batches.VOID
     split = batches.Split(torch.randint(0, 255, (6, 1, 16, 16), dtype=torch.uint8), targets,
                           torch.arange(6))
     dataset = batches.Dataset("$my ^ set$", classes, (0.5,), (0.2,), "", False, split, split,
@@ -34,6 +35,7 @@ def test_pictures_of_any_set(task):
     if task == "segmentation":
         labels = [row[0].get_ylabel() for row in np.reshape(figure.axes, (4, 4))]
         assert [label.split()[-2] for label in labels] == ["90", "30", "20", "10"]
+        assert labels[2].startswith("most ") and "no. 5\n" in labels[2]
         assert figure.legends[0].get_texts()[-1].get_text() == "void"
 
 
@@ -122,7 +124,7 @@ def test_the_dots_lie_around_the_garments_cell():
 def test_accuracies_by_cell_lie_where_the_cells_do(monkeypatch):
     monkeypatch.setattr(panels, "across_seeds", lambda seeds, key: (float(key[-1]), 0.5))
     sweep = {key: np.zeros((29, 29)) for key in ("sweep_accuracy", "sweep_consistency")}
-    ax = panels.draw_shifts("x", {}, sweep).axes[0]
+    ax = panels.draw_shifts("x", {}, sweep, (8, 2)).axes[0]
     assert drawn(ax).tolist() == [[0, 1], [2, 3]]  # numbered by rows
     assert [(text.get_position(), text.get_text()[:3]) for text in ax.texts] == [
         ((0, 0), "0.0"), ((1, 0), "1.0"), ((0, 1), "2.0"), ((1, 1), "3.0")]

@@ -207,7 +207,8 @@ def write_surrogates(root, images=400):
         scores = {key: float(arrays[key].mean(dtype=float)) for key in ("accuracy", *cells)}
         scores["trouser_without_three"] = 0.002
         (folder / f"seed{seed}.json").write_text(json.dumps({
-            "config": {"protocol": "desk", "seed": seed, "frozen": True, "tie": 0.0}, "data": "d",
+            "config": {"protocol": "desk", "seed": seed, "frozen": True, "tie": 0.0,
+                       "images": images, "sweep_images": 2}, "data": "d",
             "metrics": {"test": {**scores, "trouser_with_three": 0.01 * seed}}}))
         np.savez(folder / f"seed{seed}.npz", **arrays)
     return right
@@ -249,7 +250,7 @@ def test_no_title_of_the_shifts_touches_a_colour_bar(tmp_path):
     seeds = study.load_records(tmp_path / "desk/attention", "desk")["frozen-tie0"]
     sweep = {key: np.random.default_rng(0).random((29, 29))
              for key in ("sweep_accuracy", "sweep_consistency")}
-    figure = panels.draw_shifts("frozen", seeds, sweep)
+    figure = panels.draw_shifts("frozen", seeds, sweep, (8, 2))
     figure.draw_without_rendering()
     bars = [ax.get_tightbbox() for ax in figure.axes if ax.get_ylabel() == "%"]
     titles = [ax.title.get_window_extent() for ax in figure.axes if ax.get_title()]
@@ -263,7 +264,7 @@ def test_one_seed_is_drawn_without_an_interval(tmp_path):
     sweep = dict.fromkeys(("sweep_accuracy", "sweep_consistency"), np.zeros((29, 29)))
     for count in (1, 3):
         seeds = dict([*rows["frozen-tie0"].items()][:count])
-        cells = panels.draw_shifts("frozen", seeds, sweep).axes[0].texts
+        cells = panels.draw_shifts("frozen", seeds, sweep, (8, 2)).axes[0].texts
         assert ["±" in text.get_text() for text in cells] == [count > 1] * 4
         lines = figures.draw_trends({("frozen", 0.0): seeds}, {"x": {"accuracy": ""}}, "tie", {})
         (bars,), = lines.axes[0].containers[0].lines[2:]
