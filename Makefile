@@ -201,7 +201,7 @@ NAME := $(shell name="$$(basename "$$(realpath "$(DATA)")")"; \
 SET := $(PROTOCOL)-$(NAME)
 OWN := $(shell if [ -e "$(DATA)/classes.txt" ]; then echo table2; else echo table1; fi)
 FLAGS_DATA := --data "$(DATA)"
-PLAN = $(RESULTS)/plan.txt
+PLAN := plan
 endif
 STUDY = $(PY) study.py $(1) --protocol $(PROTOCOL) $(if $(DATA),--name=$(NAME)) --results $(dir $(RESULTS))
 
@@ -230,7 +230,7 @@ $(RESULTS)/table1.md: $(call records,$(filter table1/%,$(ROWS)))
 $(RESULTS)/table2.md: $(call records,$(filter table2/%,$(ROWS)))
 # what computes and renders them: a change there makes tables anew, of the same records
 RENDERS := study.py metrics.py $(wildcard lab/*.py)
-$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: $(RENDERS) | $(ENV)
+$(RESULTS)/table1.md $(RESULTS)/table2.md $(RESULTS)/attention.md $(RESULTS)/claims.md: $(RENDERS) | $(ENV) $(PLAN)
 	$(call STUDY,$(basename $(@F))) --seeds $(words $(SEEDS))
 
 # the records alone, without table and page
@@ -258,11 +258,12 @@ $(RESULTS)/$(1)/seed%.json: | $(call needs,$(1)) $(PLAN)
 endef
 $(foreach row,$(ROWS),$(eval $(call row_rule,$(row))))
 
-# what all rows of a set of one's own will take, said before the first of them runs
-$(RESULTS)/plan.txt: | $(ENV)
-	@mkdir -p $(@D)
-	@{ $(foreach row,$(filter $(OWN)/%,$(ROWS)),echo "$($(row))";) } | $(call TRAIN,$(OWN)) --plan $(words $(SEEDS)) > $@
-	@cat $@
+# What all rows of a set of one's own will take, said before the first of them runs. And every time: records of other
+# images or FLAGS, which lie where those of this folder would, are refused.
+.PHONY: plan
+plan: | $(ENV)
+	@mkdir -p $(RESULTS)
+	@said="$$({ $(foreach row,$(filter $(OWN)/%,$(ROWS)),echo "$($(row)) --out $(RESULTS)/$(row)";) } | $(call TRAIN,$(OWN)) --plan $(words $(SEEDS)))" && { test -e $(RESULTS)/plan.txt || echo "$$said" | tee $(RESULTS)/plan.txt; }
 
 # ---- attention and shift invariance: measured on trained weights, which are not committed ----
 

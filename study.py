@@ -115,7 +115,7 @@ CLAIMS = {
 OWN_CLAIMS = ("C2", "C7", "C8", "C9", "C10", "C11", "C12")
 # settings that all rows of a table must share: a row differs by its own switch and by nothing else
 SHARED = ("protocol", "split", "epochs", "batch", "lr", "weight_decay", "warmup", "precision",
-          "deterministic", "compile", "size", "train_images", "weight_power")
+          "deterministic", "compile", "size", "flip", "train_images", "weight_power")
 PROTOCOLS = ("report", "desk", "small", "smoke")
 
 

@@ -14,7 +14,7 @@ The same command goes on where a killed run stopped, and does nothing where it i
 import sys
 import time
 import typing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ import metrics
 import models
 from data import find_root, load_composites, load_fashion, load_own
 from lab import cli, cost, engine, records
-from lab.batches import Split
+from lab.batches import Dataset, Split
 from lab.cli import flag
 from lab.distributed import join_group
 from lab.files import BadInput
@@ -53,7 +53,8 @@ class Config(Settings):
     size: int | None = flag(
         None, "--data: pixels a side that images are brought to, a multiple of 4 (64)")
     train_images: int = flag(60000, "use only the first so many training images; of --data, some "
-                                    "of each class, and 60000 means all")
+                                    "of each class, and 60000 means all; of --composites a "
+                                    "quarter as many are held out")
     epochs: int = flag(20, "passes over the training split")
     batch: int = flag(128, "images a step")
 
@@ -88,14 +89,20 @@ PROTOCOLS = {
 }
 
 
-def base_weights(cfg: Config) -> dict[str, torch.Tensor]:
-    """The weights that --frozen starts from. BadInput if --base is another network."""
+def trained_base(cfg: Config, dataset: Dataset) -> tuple[dict[str, torch.Tensor], Dataset]:
+    """The weights that --frozen starts from, and the data normalised as they were trained on.
+
+    BadInput if --base is another network, or was trained on another --split: on what is held out.
+    """
     model, record = engine.load_trained(Path(cfg.base), torch.device("cpu"), models.build)
-    other = records.differing(record, settings_of(cfg), models.arguments_of(asdict(cfg)))
+    same = [*models.arguments_of(asdict(cfg)), "split"]
+    other = records.differing(record, settings_of(cfg), same)
     for name, (theirs, ours) in other.items():
         raise BadInput(f"--base {cfg.base} has {name} {theirs}, this run has {ours}: give the "
                        f"flags that it was trained with")
-    return model.state_dict()
+    about = record["about_data"]
+    normalised = replace(dataset, mean=tuple(about["mean"]), std=tuple(about["std"]))
+    return model.state_dict(), normalised
 
 
 def per_image(logits: torch.Tensor, split: Split) -> dict[str, np.ndarray]:
@@ -124,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
         parse = lambda row: cli.parse(Config, __doc__, row, PROTOCOLS)
         return cost.plan(argv, parse, dataset, models.build, models.cross_entropy, cfg.plan,
                          reading)
-    run = engine.Run(cfg, dataset, models.build, base_weights(cfg) if cfg.frozen else None)
+    weights, dataset = trained_base(cfg, dataset) if cfg.frozen else (None, dataset)
+    run = engine.Run(cfg, dataset, models.build, weights)
     if cfg.frozen:
         run.model.freeze()
     if run.record is None:

@@ -44,6 +44,7 @@ class Config(Settings):
     weight_power: float = flag(
         0.5, "wce: a class weighs its share of the training pixels to the -power")
     size: int = flag(256, "pixels a side that images and masks are resized to")
+    flip: bool = flag(True, "mirror half of the training images; not where left and right differ")
     epochs: int = flag(40, "passes over the training split")
     batch: int = flag(16, "images a step")
 
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             print("class weights " + "  ".join(
                 f"{name} {weight:.2f}" for name, weight in zip(dataset.classes, weights.tolist())))
         loss = functools.partial(models.LOSSES[cfg.loss], weight=weights)
-        engine.fit(run, loss, flip=True)
+        engine.fit(run, loss, flip=cfg.flip)
         scores, arrays = run.evaluate(
             metrics.segmentation, lambda logits, split: metrics.score_histograms(
                 logits.softmax(1), split.targets, split.photos))

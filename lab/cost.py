@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab import batches, engine
+from lab import batches, engine, records
 from lab.batches import Dataset, logits_memory, stored_memory
 from lab.devices import free_memory, host_memory
 from lab.files import BadInput
 from lab.provenance import multiply_adds
-from lab.settings import Settings
+from lab.settings import Settings, settings_of
 
 Parse = Callable[[list[str]], Settings]
 
@@ -45,10 +45,27 @@ def read_rows(argv: list[str] | None, parse: Parse) -> list[Settings]:
 
 def plan(argv: list[str] | None, parse: Parse, dataset: Dataset, build: engine.Build,
          loss: Callable, seeds: int, reading: float) -> None:
-    """Print what the rows on stdin take, by a dry run of the first: `read_rows`, `describe`."""
+    """Print what the rows on stdin take, by a dry run of the first: `read_rows`, `describe`.
+
+    BadInput where what lies in a row's --out was made with other settings or data.
+    """
     rows = read_rows(argv, parse)
+    there = sum(len(finished_runs(row, dataset.digest)) for row in rows)
+    if there >= seeds * len(rows):
+        return print(f"{dataset.name}: all {there} runs are there")
     run = engine.Run(dataclasses.replace(rows[0], dry_run=True), dataset, build)
     sys.stdout.write(describe(rows, run, dataset, build, loss, seeds, reading))
+
+
+def finished_runs(row: Settings, digest: str) -> list[Path]:
+    """The finished runs in a row's --out. BadInput where one is of other settings or data."""
+    found = sorted(Path(row.out).glob("seed*.json"))
+    for path in found:
+        record = records.read(path)
+        ours = settings_of(dataclasses.replace(row, seed=record["config"]["seed"]))
+        records.refuse_other(path, record, {**ours, "data": digest}, "delete or move away what "
+                             f"lies in {path.parents[2]}, and begin anew")
+    return found
 
 
 def step_seconds(run: engine.Run, loss: Callable) -> float:

@@ -137,6 +137,7 @@ class Run:
             path, state = self.files.newest()
             if state is not None:
                 records.refuse_other(path, state["identity"], self.identity)
+                state["path"] = path
             return state
         record = records.read(self.files.record)
         records.refuse_other(self.files.record, record, self.identity)
@@ -162,8 +163,8 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
-            raise BadInput(f"{self.files.checkpoint} holds the weights of another version of this "
-                           f"model; delete it, or choose another --out") from error
+            raise BadInput(f"{state['path']} holds the weights of another version of this model; "
+                           f"delete it, or choose another --out") from error
         if "optimizer" in state:  # a finished run has none
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])

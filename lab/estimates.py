@@ -73,7 +73,8 @@ def each_image(record: dict, key: str) -> np.ndarray | None:
     # single precision, of a million images at most
     if not math.isnan(of_record) and abs(values.mean() - of_record) > 1e-5:
         raise BadInput(f"{arrays_file(record)} has a mean {key} of {values.mean():.6g}, the record "
-                       f"{of_record:.6g}: it is another run's; run this one again")
+                       f"{of_record:.6g}: it is another run's; delete {record['path']} and run it "
+                       f"again")
     return values
 
 

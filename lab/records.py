@@ -153,7 +153,8 @@ def tell_apart(records: list[dict]) -> None:
         other = seen.setdefault(sums, record)
         if other["metrics"]["test"] != record["metrics"]["test"]:
             raise BadInput(f"{arrays_file(record)} holds the same arrays as {arrays_file(other)}, "
-                           f"whose record has other metrics: run what was copied over again")
+                           f"whose record has other metrics: delete the record of the one that was "
+                           f"copied, and run it again")
 
 
 def differing(a: dict, b: dict, keys: Iterable[str] | None = None) -> dict[str, tuple]:
@@ -177,8 +178,11 @@ def switches(record: dict, other: dict) -> dict[str, tuple]:
     return {key: values for key, values in differing(record, other).items() if key != "seed"}
 
 
-def refuse_other(path: Path, stored: dict, ours: dict) -> None:
-    """BadInput if what lies at the path was made with other settings, data or first weights."""
+def refuse_other(path: Path, stored: dict, ours: dict, instead: str = "") -> None:
+    """BadInput if what lies at the path was made with other settings, data or first weights.
+
+    `instead` is what to do then, where that is more than about this one run.
+    """
     found = differing(stored, ours)
     for key in {"data", "start_sha256"} & ours.keys() & stored.keys():
         if stored[key] != ours[key]:
@@ -186,8 +190,8 @@ def refuse_other(path: Path, stored: dict, ours: dict) -> None:
     if found:
         other = "; ".join(f"{key} {theirs} there, {mine} here"
                           for key, (theirs, mine) in found.items())
-        raise BadInput(f"{path} was made with other settings ({other}); choose another --out, "
-                       f"or delete {path}")
+        instead = instead or f"choose another --out, or delete {path}"
+        raise BadInput(f"{path} was made with other settings ({other}); {instead}")
 
 
 def each_of(rows: dict[str, dict[int, dict]]) -> list[dict]:
@@ -206,11 +210,11 @@ def need(record: dict, *names: str, kind: type | tuple = object) -> typing.Any:
     for i, name in enumerate(names):
         if not isinstance(found, dict) or name not in found:
             raise BadInput(f"{record['path']} has no {' '.join(names[:i + 1])}: it is damaged, or "
-                           f"no record of this kind; run it again")
+                           f"no record of this kind; delete it and run it again")
         found = found[name]
     if not isinstance(found, kind):
-        raise BadInput(f"{record['path']} has {' '.join(names)} {found!r}: it is damaged; run it "
-                       f"again")
+        raise BadInput(f"{record['path']} has {' '.join(names)} {found!r}: it is damaged; delete "
+                       f"it and run it again")
     return found
 
 
@@ -221,7 +225,7 @@ def value_of(record: dict, split: str, key: str) -> float:
         return math.nan
     if type(value) not in (int, float) or math.isinf(value):
         raise BadInput(f"{record['path']} has {split} {key} {value!r}, which is no number: it is "
-                       f"damaged; run it again")
+                       f"damaged; delete it and run it again")
     return float(value)
 
 
@@ -249,7 +253,7 @@ def arrays_of(record: dict, needed: Iterable[str] = ()) -> dict[str, np.ndarray]
         for name, shape in shapes.items():
             if len(of_counts) != 3 or shape != expected[name]:
                 raise BadInput(f"{path} has {name} of shape {shape}, and hits of {of_counts}: it "
-                               f"is damaged; run it again")
+                               f"is damaged; delete {record['path']} and run it again")
         return arrays
     images = record.get("metrics", {}).get("test", {}).get("images")
     for name in ("accuracy", "prediction", "target", "group"):
@@ -261,7 +265,8 @@ def arrays_of(record: dict, needed: Iterable[str] = ()) -> dict[str, np.ndarray]
         images = len(arrays[name]) if images is None else images
         if len(arrays[name]) != images:
             raise BadInput(f"{path} has {len(arrays[name])} values of {name}, the record {images} "
-                           f"images: it is another run's; run this one again")
+                           f"images: it is another run's; delete {record['path']} and run it "
+                           f"again")
     return arrays
 
 

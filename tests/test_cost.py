@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import refused, run
 from made_set import make_shapes, make_streets
+from PIL import Image
 
 from lab import cost, devices
 
@@ -111,3 +112,24 @@ def test_the_first_step_is_not_timed(tmp_path, monkeypatch):
     data = make_shapes(tmp_path / "set")
     assert run("train_cls", "--protocol", "smoke", "--data", data, "--plan", 1) == 0
     assert found == [2]
+
+
+def test_a_plan_refuses_runs_of_other_images_and_settings(tmp_path, monkeypatch, capsys):
+    """As make does before a table: where the records are it runs no training script."""
+    data, out = make_streets(tmp_path / "set"), tmp_path / "smoke-set/table2/narrow"
+    flags = ("--protocol", "smoke", "--data", data, "--batch", 2)
+
+    def planned(*more, runs=1):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"--width 4 --out {out}\n"))
+        return ("train_seg", *flags, *more, "--plan", runs)
+
+    assert run("train_seg", *flags, "--width", 4, "--seed", 1, "--out", out) == 0
+    capsys.readouterr()
+    assert run(*planned()) == 0 and "all 1 runs are there" in capsys.readouterr().out
+    assert run(*planned(runs=2)) == 0 and "1 rows of 2 runs" in capsys.readouterr().out
+    said = refused(capsys, *planned("--epochs", 3))
+    assert "seed1.json was made with other settings (epochs 2 there, 3 here)" in said
+    assert said.endswith(f"delete or move away what lies in {tmp_path}/smoke-set, and begin anew")
+    image = min(data.rglob("*.jpg"))
+    Image.open(image).save(image, quality=50)
+    assert "other settings (data " in refused(capsys, *planned())

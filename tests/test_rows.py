@@ -4,12 +4,14 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_seg
+from conftest import refused, run, run_seg
+from PIL import Image
 from test_models import ROWS
 
 import data
@@ -17,7 +19,7 @@ import metrics
 import models
 import train_cls
 import train_seg
-from lab import cli, engine, folders, provenance
+from lab import batches, cli, engine, folders, provenance
 
 MAKEFILE = (Path(__file__).parents[1] / "Makefile").read_text()
 FLAGS = dict(re.findall(r"^(table[12]/\S+|surrogates/\S+)\s*:=[ \t]*(.*)$", MAKEFILE, re.M))
@@ -75,6 +77,32 @@ def test_frozen_features_are_those_of_the_base(fashion_root, tmp_path):
     model, _ = engine.load_trained(base, torch.device("cpu"), models.build)
     record = json.loads((tmp_path / "frozen/seed0.json").read_text())
     assert record["features_sha256"] == provenance.weights_digest(model.stages)
+
+
+def test_frozen_features_see_no_held_out_image_and_the_normalisation_they_know(
+        shapes, tmp_path, capsys):
+    flags = ("--protocol", "smoke", "--width", 4, "--depth", 1, "--size", 16, "--batch", 4)
+    brighter = Path(shutil.copytree(shapes, tmp_path / "brighter"))
+    for path in sorted(brighter.rglob("*.png")):
+        Image.open(path).point(lambda value: value // 2 + 128).save(path)
+    base = ("--frozen", "--base", tmp_path / "base/seed0.pt", "--data", brighter)
+    assert run("train_cls", *flags, "--data", shapes, "--out", tmp_path / "base") == 0
+    assert run("train_cls", *flags, *base, "--out", tmp_path / "frozen") == 0
+    of_base, frozen = (json.loads((tmp_path / name / "seed0.json").read_text())["about_data"]
+                       for name in ("base", "frozen"))
+    assert (frozen["mean"], frozen["std"]) == (of_base["mean"], of_base["std"])
+    said = refused(capsys, "train_cls", *flags, *base, "--split", "dev")
+    assert "has split full, this run has dev" in said
+
+
+@pytest.mark.parametrize("flag, flips", [((), True), (("--no-flip",), False)])
+def test_images_are_mirrored_unless_left_and_right_differ(tiny_root, tmp_path, monkeypatch, flag,
+                                                          flips):
+    asked, shuffled = [], batches.shuffled
+    monkeypatch.setattr(batches, "shuffled", lambda data, batch, seed, epoch, flip, first:
+                        asked.append(flip) or shuffled(data, batch, seed, epoch, flip, first))
+    assert run_seg(tiny_root, tmp_path, *flag) == 0
+    assert asked == [flips] * 2
 
 
 def test_class_weights_are_of_the_training_split(tiny_root, tmp_path):

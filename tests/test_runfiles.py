@@ -88,7 +88,10 @@ def test_weights_of_another_version_of_the_model_are_refused(
     (tmp_path / "seed0.json").unlink()
     monkeypatch.setattr(models, "build", lambda *_: models.HourGlass(1, 4))
     assert run_seg(tiny_root, tmp_path) == 2
-    assert "another version of this model" in one_error(capsys)
+    assert f"{tmp_path}/seed0.pt holds the weights of another version" in one_error(capsys)
+    (tmp_path / "seed0.pt").rename(tmp_path / "seed0.prev.pt")
+    assert run_seg(tiny_root, tmp_path) == 2
+    assert f"{tmp_path}/seed0.prev.pt holds the weights" in one_error(capsys)  # to be deleted
 
 
 # ---- places that cannot be written ----
