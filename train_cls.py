@@ -118,14 +118,13 @@ def main(argv: list[str] | None = None) -> None:
     cfg = cli.parse(Config, __doc__, argv, PROTOCOLS)
     join_group(cfg.device)
     start = time.monotonic()
-    root = find_root(cfg.data_root)
     if cfg.data:
         dataset = load_own(cfg.data, "classification", cfg.size or OWN_SIZE, cfg.split,
                            cfg.train_images)
     elif cfg.composites:
-        dataset = load_composites(root, cfg.split, cfg.train_images, cfg.tie)
+        dataset = load_composites(find_root(cfg.data_root), cfg.split, cfg.train_images, cfg.tie)
     else:
-        dataset = load_fashion(root, cfg.split, cfg.train_images)
+        dataset = load_fashion(find_root(cfg.data_root), cfg.split, cfg.train_images)
     reading = time.monotonic() - start
     if cfg.plan:
         parse = lambda row: cli.parse(Config, __doc__, row, PROTOCOLS)

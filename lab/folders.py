@@ -30,7 +30,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from lab.batches import Dataset, Split, scores_memory
 from lab.devices import host_memory
-from lab.files import IMAGE_FORMATS, BadInput, colours, digest_of_digests, read_image, shown
+from lab.files import IMAGE_FORMATS, ORIENTATION, TURNS, BadInput, colours, digest_of_digests
+from lab.files import read_image, shown
 from lab.labels import Legend, check_names, default_palette, read_legend, read_mask
 from lab.progress import progress
 from lab.splits import Item, digest_order, divide
@@ -266,13 +267,23 @@ def stretched(images: torch.Tensor, targets: torch.Tensor,
     return TF.resize(images, [size, size], antialias=True), targets
 
 
-def is_grey(path: Path) -> bool:
+def look(path: Path) -> tuple[bool, bool]:
+    """Whether an image is grey, and whether it is a JPEG that its orientation tag turns."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             # Pillow calls a PGM of 16 bits "I", which other formats are refused in
-            return image.mode in ("1", "L", "LA", "La", "I") or image.mode.startswith("I;16")
+            grey = image.mode in ("1", "L", "LA", "La", "I") or image.mode.startswith("I;16")
+            # others would be decoded for it
+            return grey, image.format == "JPEG" and image.getexif().get(ORIENTATION, 1) in TURNS
     except Exception:  # whoever reads it will say what is wrong
-        return False
+        return False, False
+
+
+def note(paths: list[Path], what: str) -> None:
+    """Say of some files, if there are any, what a user may want to know."""
+    if paths:
+        more = f" and {len(paths) - 1} more" * (len(paths) > 1)
+        print(f"NOTE: {shown(paths[0])}{more}: {what}", file=sys.stderr)
 
 
 def some_of_each(items: list[Item], limit: int) -> list[Item]:
@@ -334,11 +345,18 @@ def load(folder: Path, task: str, size: int, split: str = "full",
     if not name.isprintable() or not name:
         raise BadInput(f"{shown(folder)}: the folder's name is the set's; make it printable")
     everything = train + test + left
-    channels = 1 if all(in_threads(lambda item: is_grey(item.image), everything, "looking")) else 3
+    grey, turned = zip(*in_threads(lambda item: look(item.image), everything, "looking"))
+    if task == "segmentation":
+        note([item.image for item, one in zip(everything, turned) if one], "turned as the "
+             "orientation tag says; masks must be drawn on upright images")
+    channels = 1 if all(grey) else 3
     check_memory(folder, len(train), len(test), size, channels, legend, task == "segmentation")
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
                for path in (folder / "classes.txt", folder / "groups.csv") if path.exists()}
     arrays = [read(items, size, channels, legend, folder, digests) for items in (train, test)]
+    trained = {digests[item.name] for item in train}
+    note([item.image for item in test if digests[item.name] in trained], "held out, and the same "
+         "image is in the training part, so that the score is better than on new ones")
     for item in left:
         for path in (item.image, item.target)[:1 + isinstance(item.target, Path)]:
             digests[path.relative_to(folder).as_posix()] = hashlib.sha256(

@@ -2,8 +2,7 @@
 
 FOLDER/groups.csv says which images belong together, as those of one street or one patient do. A
 held-out fifth is that of the groups whose names have the smallest sha256, the same on every
-machine. For classification it is a fifth of each class (a group is of the class of its first
-image), for segmentation of all.
+machine. For classification it is a fifth of each class, for segmentation of all.
 """
 
 import csv
@@ -75,23 +74,31 @@ def digest_order(name: str) -> str:
 
 
 def hold_out(items: list[Item], legend: Legend, what: str) -> tuple[list[Item], list[Item]]:
-    """What trains, and a fifth of the groups: of each class, or at least two of a set of masks."""
-    strata: dict[int, dict[str, None]] = {}
-    placed = set()
+    """What trains, and a fifth of the groups: of each class, or at least two of a set of masks.
+
+    A group counts for every class that it shows. Rare classes choose first, and none takes the last
+    group that another has to train on.
+    """
+    strata: dict[int, set[str]] = {}
+    shows: dict[str, set[int]] = {}
     for item in items:
-        if item.group not in placed:
-            placed.add(item.group)
-            strata.setdefault(item.stratum, {})[item.group] = None
-    held = set()
-    for stratum, groups in strata.items():
+        strata.setdefault(item.stratum, set()).add(item.group)
+        shows.setdefault(item.group, set()).add(item.stratum)
+    held: set[str] = set()
+    for stratum, groups in sorted(strata.items(), key=lambda one: (len(one[1]), one[0])):
         least = 2 if stratum < 0 else 1
+        of = "" if stratum < 0 else f" of class {legend.names[stratum]}"
         if len(groups) < 2 * least:
-            of = "" if stratum < 0 else f" of class {legend.names[stratum]}"
             raise BadInput(f"{what} is a fifth of the images{of}, but there "
                            f"{'is one' if len(groups) == 1 else f'are {len(groups)}'}, or so "
                            f"many groups: add images, or give a test folder")
-        order = sorted(groups, key=digest_order)
-        held |= set(order[:max(least, (len(order) + 2) // 5)])
+        for group in sorted(groups - held, key=digest_order):
+            if (len(groups & held) < max(least, (len(groups) + 2) // 5)
+                    and all(len(strata[other] - held) > 1 for other in shows[group])):
+                held.add(group)
+        if len(groups & held) < least:
+            raise BadInput(f"{what} is a fifth of the images{of}, but each of their groups is the "
+                           f"last to train on for some class: add images, or give a test folder")
     return ([item for item in items if item.group not in held],
             [item for item in items if item.group in held])
 

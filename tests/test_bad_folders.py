@@ -295,3 +295,25 @@ def test_a_folder_whose_name_cannot_be_printed_is_refused(shapes, tmp_path, caps
     odd = shapes.rename(tmp_path / "a\x1b[2Jb")
     said = refused(capsys, "train_cls", "--data", odd, "--out", tmp_path / "out")
     assert "the folder's name is the set's; make it printable" in said
+
+
+def test_an_image_that_trains_and_is_held_out_is_noted(streets, capsys):
+    folders.load(streets, "segmentation", 32)
+    assert "NOTE" not in capsys.readouterr().err
+    theirs = min((streets / "test/images").iterdir())
+    mine = min((streets / "train/images").glob(f"*{theirs.suffix}"))
+    for kind, suffix in (("images", mine.suffix), ("masks", ".png")):
+        shutil.copy(streets / "train" / kind / f"{mine.stem}{suffix}",
+                    streets / "test" / kind / f"{theirs.stem}{suffix}")
+    folders.load(streets, "segmentation", 32)
+    assert f"NOTE: {theirs}: held out, and the same image is" in capsys.readouterr().err
+
+
+def test_a_photo_that_its_tag_turns_is_noted_where_a_mask_may_not_be(streets, capsys):
+    for path in (turned := sorted((streets / "train/images").glob("*.jpg"))[:2]):
+        image = Image.open(path)
+        image.getexif()[0x0112] = 3
+        image.save(path, exif=image.getexif())
+    folders.load(streets, "segmentation", 32)
+    said = capsys.readouterr().err
+    assert f"NOTE: {turned[0]} and 1 more: turned as the orientation tag says" in said

@@ -244,6 +244,31 @@ def test_a_fifth_of_each_class_is_held_out(shapes):
     assert dataset.train.targets.tolist() == kinds != sorted(kinds)
 
 
+def of_classes(*patients):
+    """An image of each class's patients, class after class."""
+    return [splits.Item(Path(f"{kind}/{one}"), kind, f"{kind}/{one}", f"patient {one}")
+            for kind, ones in enumerate(patients) for one in ones]
+
+
+@pytest.mark.parametrize("sick, held", [(range(21), 4), (range(4), 1), (range(18, 22), 1),
+                                        (range(2), 1)])
+def test_a_group_counts_for_every_class_that_it_shows(sick, held):
+    """As a patient does, of whom there are healthy and sick images."""
+    items, legend = of_classes(range(20), sick), labels.Legend(("a", "b"), (), {})
+    parts = splits.hold_out(items, legend, "")
+    train, test = ([{item.group for item in part if item.target == kind} for kind in (0, 1)]
+                   for part in parts)
+    assert not (train[0] | train[1]) & (test[0] | test[1])
+    assert 4 <= len(test[0]) <= 5 and held <= len(test[1]) <= held + 1 and train[0] and train[1]
+    assert splits.hold_out(items, legend, "") == parts
+
+
+def test_no_class_loses_the_last_group_that_it_trains_on():
+    legend = labels.Legend(("a", "b", "c"), (), {})
+    with pytest.raises(BadInput, match="of class b, but each of .* last to train on"):
+        splits.hold_out(of_classes("xy", "yz", "zx"), legend, "this")
+
+
 @pytest.mark.parametrize("count, held", [(4, 1), (7, 1), (8, 2), (12, 2), (13, 3)])
 def test_a_fifth_is_rounded(count, held):
     items = [splits.Item(Path(f"{i}"), 0, f"{i}", f"{i}") for i in range(count)]

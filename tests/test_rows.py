@@ -80,7 +80,8 @@ def test_frozen_features_are_those_of_the_base(fashion_root, tmp_path):
 
 
 def test_frozen_features_see_no_held_out_image_and_the_normalisation_they_know(
-        shapes, tmp_path, capsys):
+        shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "nowhere"))  # nothing of it is read
     flags = ("--protocol", "smoke", "--width", 4, "--depth", 1, "--size", 16, "--batch", 4)
     brighter = Path(shutil.copytree(shapes, tmp_path / "brighter"))
     for path in sorted(brighter.rglob("*.png")):
