@@ -112,6 +112,9 @@ def test_set_part(rows: dict, row: str, other: str | None, key: str,
         sums = values - values.mean()
         if "group" in arrays:
             sums = np.bincount(np.unique(arrays["group"], return_inverse=True)[1], sums)
+        elif "groups" in arrays:  # crops of one photo would count as so many photos
+            raise BadInput(f"{arrays_file(pairs[0][0])} has {key} of each image and not what group "
+                           f"each is of: keep that as `group` too (see docs/extending.md)")
         units, variance = len(sums), np.square(sums).sum() / len(values)**2
         least = units**-2
     if units < 2:

@@ -11,6 +11,7 @@ import study
 import train_cls
 from lab import estimates, records, statistics
 from lab.batches import Split
+from lab.files import BadInput
 
 
 def rows_of(tmp_path, **arrays):
@@ -61,6 +62,25 @@ def test_the_variance_of_a_sample_is_that_of_its_population(tmp_path):
     grouped = part(tmp_path, **right, group=np.array([0, 0, 1, 1]))
     assert grouped.variance == pytest.approx(np.var([2, -1], ddof=1) * 2 / 4**2)  # of two sums
     assert grouped.dof == 1
+
+
+@pytest.mark.parametrize("group", [None, [7, 7, 9, 9]])
+def test_crops_of_one_photo_are_no_independent_images(tmp_path, group):
+    """In segmentation, where a photo may have several: a mean over images needs their groups."""
+    records.load_arrays.cache_clear()
+    rows, counts = {}, np.zeros((2, 1, 3), np.int64)
+    for row, values in (("base", [0.5, 0.5, 0.5, 0.5]), ("other", [0.7, 0.8, 0.4, 0.5])):
+        path = tmp_path / f"{row}.npz"
+        np.savez(path, hits=counts, misses=counts, groups=[7, 9], miou=values,
+                 **({} if group is None else {"group": group}))
+        rows[row] = {0: {"path": str(path.with_suffix(".json")),
+                         "metrics": {"test": {"miou": sum(values) / 4}}}}
+    of_images = lambda: estimates.test_set_part(rows, "other", "base", "miou", {})
+    if group is None:
+        with pytest.raises(BadInput, match="other.npz has miou of each image and not what group"):
+            of_images()
+    else:
+        assert of_images().dof == 1  # two photos
 
 
 @pytest.mark.parametrize("group, units", [(None, 8), (np.arange(8) // 2, 4)])
