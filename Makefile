@@ -209,6 +209,8 @@ RESULTS := results/$(SET)
 # the names before an = above, in the order of their lines, which is the report's: .VARIABLES has no order
 named = $(shell sed -nE 's|^($(1)/[^[:space:]:=]+)[[:space:]]*[:?+]*=.*|\1|p' $(firstword $(MAKEFILE_LIST)))
 ROWS := $(call named,table[12])
+# read so far: a row further down would get the flags of none, and train the base row under its name
+$(foreach row,$(ROWS) $(call named,surrogates),$(if $(filter undefined,$(origin $(row))),$(error $(row): write its line among those of the other rows, not below)))
 
 # in seed order, so that one seed of every row exists before the second of any
 records = $(foreach seed,$(SEEDS),$(patsubst %,$(RESULTS)/%/seed$(seed).json,$(1)))

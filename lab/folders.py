@@ -151,6 +151,9 @@ def class_names(folder: Path, parts: list[str]) -> tuple[str, ...]:
     kinds = {part: sorted(path.name for path in entries(folder / part) if path.is_dir())
              for part in parts}
     names = kinds["train"]
+    if names == ["images", "masks"]:
+        raise BadInput(f"{folder} has images/ and masks/, but no classes.txt: name the classes "
+                       f"there, one a line in the order of the masks' values")
     check_names(names, str(folder / "train"))
     if len(names) < 2:
         raise BadInput(f"{folder / 'train'} has {len(names)} class folders: make it "

@@ -245,6 +245,12 @@ def test_a_set_for_classification_is_refused(shapes, tmp_path, capsys, case):
     assert message in said and not (tmp_path / "out").exists()
 
 
+def test_images_and_masks_are_no_two_classes(streets, tmp_path, capsys):
+    (streets / "classes.txt").unlink()
+    said = refused(capsys, "train_cls", "--data", streets, "--out", tmp_path / "run")
+    assert "has images/ and masks/, but no classes.txt" in said
+
+
 def test_class_folders_are_no_set_for_segmentation(shapes, tmp_path, capsys):
     said = refused(capsys, "train_seg", "--data", shapes, "--out", tmp_path / "out")
     assert "classes.txt is missing" in said and "class folders is for classification" in said

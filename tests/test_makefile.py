@@ -151,6 +151,15 @@ def test_a_stranger_adds_a_row_by_one_line(make, tmp_path):
     assert record["config"]["width"] == 4 and record["config"]["loss"] == "dice"
 
 
+@pytest.mark.parametrize("line", ["table2/narrow := --width 4", "surrogates/new := --tie 0.3"])
+def test_a_row_below_the_rules_is_refused_as_its_flags_come_too_late(make, tmp_path, line):
+    """It would train the base row under another's name."""
+    own = tmp_path / "Makefile"
+    own.write_text((REPO / "Makefile").read_text() + line + "\n")
+    done = make("-f", str(own), "-n", "table2/narrow")
+    assert done.returncode == 2 and "write its line among those of the other rows" in done.stderr
+
+
 @pytest.mark.parametrize("typed", ["typo", "", "desk smoke", "%"])
 def test_an_unknown_protocol_is_refused_before_anything_runs(make, tmp_path, typed):
     done = make("table1", f"PROTOCOL={typed}")
