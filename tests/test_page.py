@@ -172,18 +172,18 @@ def test_an_npm_that_cannot_get_it_and_a_wrong_runtime(fresh, monkeypatch, capsy
 def test_the_site_is_whole_and_replaced_as_a_whole(fresh, from_npm, monkeypatch, capsys):
     (fresh / "page").mkdir()  # an empty folder is no one's
     assert built(fresh / "page") == 0 and "page " in capsys.readouterr().out
-    (fresh / "page/old.html").write_text("of an earlier build")
+    (fresh / "page/js/old.js").write_text("of an earlier build")
     assert built(fresh / "page") == 0
     made = {path.relative_to(fresh / "page").as_posix()
             for path in (fresh / "page").rglob("*") if path.is_file()}
     assert {"index.html", "js/worker.js", "models/index.json", "data/tables.json",
             *(f"runtime/{name}" for name in from_npm)} <= made
-    assert "old.html" not in made and not any(name.endswith(".py") for name in made)
+    assert "js/old.js" not in made and not any(name.endswith(".py") for name in made)
     monkeypatch.setattr(build, "from_npm", None)  # an earlier build's runtime is used again
     (fresh / "link").symlink_to(fresh / "page")  # a link stays one
-    (fresh / "page/old.html").write_text("of an earlier build")
+    (fresh / "page/js/old.js").write_text("of an earlier build")
     assert built(fresh / "link") == 0 and (fresh / "link").is_symlink()
-    assert not (fresh / "page/old.html").exists()
+    assert not (fresh / "page/js/old.js").exists()
     assert {path.name for path in fresh.iterdir()} == {"build", "page", "link"}
 
 
@@ -202,6 +202,15 @@ def test_what_is_no_page_is_not_replaced(fresh, monkeypatch, capsys):
         said = capsys.readouterr().err
         assert f"{fresh / name} is no page that this program built" in said
         assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [".git", "CNAME"])
+def test_what_lies_beside_a_page_is_not_replaced_either(fresh, from_npm, capsys, name):
+    """As in a checkout that a host serves."""
+    assert built(fresh / "page") == 0
+    (fresh / "page" / name).mkdir()
+    assert built(fresh / "page") == 2 and (fresh / "page" / name).exists()
+    assert f"{fresh}/page has {name} beside a page" in capsys.readouterr().err
 
 
 def test_networks_delete_their_own_files_alone(tmp_path, monkeypatch):

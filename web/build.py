@@ -143,7 +143,10 @@ def refuse_anothers(out: Path) -> None:
             not any(out.iterdir()) or all(mark.is_file() for mark in marks))):
         raise BadInput(f"{out} is no page that this program built, and would be replaced whole; "
                        f"choose a new or empty folder")
-
+    own = {"data", "runtime", *(path.name for path in SOURCE.iterdir())}
+    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - own)):
+        raise BadInput(f"{out} has {others[0]} beside a page, and would be replaced whole; choose "
+                       f"a new or empty folder")
 
 
 def main(argv: list[str] | None = None) -> None:
