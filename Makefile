@@ -343,7 +343,8 @@ cpp/runner: cpp/runner.cpp cpp/images.h | $(ENV)
 
 # ---- the page: networks and tables in a browser ----
 
-page: | $(ENV)
+# asked for more, it waits for what it shows
+page: | $(ENV) $(filter page-networks table1 table2 claims figures interpret,$(MAKECMDGOALS))
 	PYTHONPATH=. $(PY) web/build.py
 
 # what it cannot find (chromium, playwright) it skips, and says so

@@ -151,6 +151,13 @@ def test_a_stranger_adds_a_row_by_one_line(make, tmp_path):
     assert record["config"]["width"] == 4 and record["config"]["loss"] == "dice"
 
 
+def test_the_page_waits_for_the_tables_that_it_shows(make, tmp_path):
+    finished(make, tmp_path / "results/smoke")
+    plan = make("-n", "page", "claims", "-W", "study.py").stdout
+    assert 0 < plan.index(" study.py claims ") < plan.index("web/build.py")
+    assert "study.py" not in make("-n", "page").stdout
+
+
 @pytest.mark.parametrize("line", ["table2/narrow := --width 4", "surrogates/new := --tie 0.3"])
 def test_a_row_below_the_rules_is_refused_as_its_flags_come_too_late(make, tmp_path, line):
     """It would train the base row under another's name."""
