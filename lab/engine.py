@@ -137,7 +137,7 @@ class Run:
             path, state = self.files.newest()
             if state is not None:
                 records.refuse_other(path, state["identity"], self.identity)
-                state["path"] = path
+                state["path"] = str(path)  # which is sent to the other processes
             return state
         record = records.read(self.files.record)
         records.refuse_other(self.files.record, record, self.identity)
