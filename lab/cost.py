@@ -50,22 +50,22 @@ def plan(argv: list[str] | None, parse: Parse, dataset: Dataset, build: engine.B
     BadInput where what lies in a row's --out was made with other settings or data.
     """
     rows = read_rows(argv, parse)
-    there = sum(len(finished_runs(row, dataset.digest)) for row in rows)
+    there = sum(finished_runs(row, dataset.digest) for row in rows)
     if there >= seeds * len(rows):
         return print(f"{dataset.name}: all {there} runs are there")
     run = engine.Run(dataclasses.replace(rows[0], dry_run=True), dataset, build)
     sys.stdout.write(describe(rows, run, dataset, build, loss, seeds, reading))
 
 
-def finished_runs(row: Settings, digest: str) -> list[Path]:
-    """The finished runs in a row's --out. BadInput where one is of other settings or data."""
-    found = sorted(Path(row.out).glob("seed*.json"))
+def finished_runs(row: Settings, digest: str) -> int:
+    """How many runs in a row's --out are there. BadInput where one is of other settings or data."""
+    found = records.seed_files(Path(row.out))
     for path in found:
         record = records.read(path)
         ours = settings_of(dataclasses.replace(row, seed=record["config"]["seed"]))
         records.refuse_other(path, record, {**ours, "data": digest}, "delete or move away what "
                              f"lies in {path.parents[2]}, and begin anew")
-    return found
+    return len(found)
 
 
 def step_seconds(run: engine.Run, loss: Callable) -> float:

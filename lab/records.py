@@ -95,21 +95,25 @@ def encoded(record: dict) -> bytes:
     return (json.dumps(jsonable(record), indent=1) + "\n").encode()
 
 
+def seed_files(row: Path) -> list[Path]:
+    """The records in a row's folder, none where there is none: files called seed<k>.json."""
+    return [path for path in (sorted(row.iterdir()) if row.is_dir() else ())
+            if re.fullmatch(r"seed(0|[1-9][0-9]*)\.json", path.name)]
+
+
 def load(folder: Path, protocol: str, order: Iterable[str] = (),
          shared: Iterable[str] = ()) -> dict[str, dict[int, dict]]:
     """{row: {seed: record}} of a folder; the rows in `order` first, then any others.
 
-    A record is a file called seed<k>.json, and nothing else is. BadInput names a record that does
-    not belong: without metrics of the test split, of another protocol, other data, another value of
+    Records are `seed_files`, and nothing else is. BadInput names a record that does not belong:
+    without metrics of the test split, of another protocol, other data, another value of
     a setting that all rows must share, or other settings than its own row's other seeds; and one
     whose arrays are another's.
     """
     rows, known = {}, list(order)
     names = sorted(path.name for path in folder.glob("*/"))
     for row in [row for row in known if row in names] + [row for row in names if row not in known]:
-        for path in sorted(folder.joinpath(row).iterdir()):
-            if not re.fullmatch(r"seed(0|[1-9][0-9]*)\.json", path.name):
-                continue
+        for path in seed_files(folder / row):
             record = read(path)
             if type(seed := record["config"].get("seed")) is not int:
                 raise BadInput(f"{path} is no run record, or damaged (seed {seed}); delete it")
