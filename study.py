@@ -140,23 +140,24 @@ def photo_draws(photos: int) -> np.ndarray:
     return drawn.astype(np.float32)
 
 
+REDRAWN: dict[Path, np.ndarray] = {}  # by the file of a run's arrays
+
+
 def redrawn_average_precisions(record: dict) -> np.ndarray:
     """AP (1000, C) of a run on test sets of photos drawn with repetition.
 
     MAP and WGAP are no means over images, and crops of one photo are not independent: whole photos
     are redrawn, the same for every run.
     """
-    records.arrays_of(record, records.COUNTS)
-    return redrawn_of(records.arrays_file(record))
-
-
-@functools.cache
-def redrawn_of(path: Path) -> np.ndarray:
-    arrays = records.load_arrays(path)
-    draws = photo_draws(len(arrays["groups"]))
-    # in float32, where BLAS multiplies: exact to 2^24, and a few parts in 10^7 off beyond
-    counts = (arrays[name].astype(np.float32) for name in ("hits", "misses"))
-    return metrics.binned_average_precision(*(np.tensordot(draws, count, 1) for count in counts))
+    path = records.arrays_file(record)
+    if path not in REDRAWN:
+        arrays = records.arrays_of(record, records.COUNTS)
+        draws = photo_draws(len(arrays["groups"]))
+        # in float32, where BLAS multiplies: exact to 2^24, and a few parts in 10^7 off beyond
+        counts = (np.tensordot(draws, arrays[name].astype(np.float32), 1)
+                  for name in ("hits", "misses"))
+        REDRAWN[path] = metrics.binned_average_precision(*counts)
+    return REDRAWN[path]
 
 
 REDRAWS = {"map": lambda record: np.nanmean(redrawn_average_precisions(record), 1),

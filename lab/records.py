@@ -274,7 +274,7 @@ def arrays_of(record: dict, needed: Iterable[str] = ()) -> dict[str, np.ndarray]
     return arrays
 
 
-@functools.cache
+@functools.lru_cache(16)  # those of a row and its base: a study's may be more than the memory
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays per image or group that lie beside a record. BadInput if they are damaged."""
     try:

@@ -117,6 +117,14 @@ def test_arrays_of_another_run_are_refused(two_rows, capsys, arrays, message):
     assert message in said and str(path.with_suffix(".npz")) in said
 
 
+def test_not_all_arrays_of_a_study_are_held_at_once(tmp_path):
+    """Histograms of thousands of images each would not fit the memory with those of all runs."""
+    for seed in range(20):
+        save(tmp_path / f"seed{seed}.json", accuracy=np.ones(3))
+        records.load_arrays(tmp_path / f"seed{seed}.npz")
+    assert records.load_arrays.cache_info().currsize < 20
+
+
 def test_arrays_of_unequal_length_are_not_compared(two_rows, capsys):
     """As of records from before they said how many images they were of."""
     save(two_rows / "desk/table1/stride-2-32/seed1.json", accuracy=np.full(1, 0.81))
