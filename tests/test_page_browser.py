@@ -237,6 +237,27 @@ def test_what_is_no_photo_is_refused_in_a_line(open_page):
     assert not line.is_visible()
 
 
+def test_a_sample_that_comes_late_replaces_no_later_photo(open_page):
+    page = open_page("#facade")
+    page.wait_for_function("globalThis.probe?.facade?.shown()")
+    page.evaluate("""() => {
+      const now = fetch;
+      globalThis.fetch = async (...what) => {
+        if (String(what[0]).includes("/facades/"))
+          await new Promise((done) => { globalThis.comes = done; });
+        return now(...what);
+      };
+    }""")
+    page.locator("#photos button").nth(1).click()
+    page.wait_for_function("!!globalThis.comes")
+    drop(page, "good.png", photos()["small.png"], "image/png")
+    page.wait_for_function("probe.facade.shown().name === 'good.png'")
+    page.evaluate("comes()")
+    page.wait_for_timeout(1500)
+    assert page.evaluate("probe.facade.shown().name") == "good.png"
+    assert page.locator("#facade-time").inner_text().startswith("good.png")
+
+
 def test_a_photo_too_large_for_a_canvas_gets_no_mask(open_page):  # in Chromium 65,535 a side
     page = open_page("#facade")
     page.wait_for_function("globalThis.probe?.facade?.shown()")

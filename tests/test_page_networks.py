@@ -1,6 +1,7 @@
 """How the page's networks are made of runs: what web/networks.py puts together, refuses, keeps."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def test_each_head_is_held_to_its_own_record():
 
 
 def record_of(weights):
-    return {"weights_sha256": weights, "metrics": {"test": {"accuracy": 0.5}},
+    return {"config": {}, "data": "", "weights_sha256": weights,
+            "metrics": {"test": {"accuracy": 0.5}},
             "about_data": {"size": 28, "classes": ["a", "b", "c"], "palette": None}}
 
 
@@ -77,11 +79,21 @@ def test_a_file_is_kept_as_long_as_it_and_its_records_are_the_same(made, tmp_pat
     assert made("one", entry) == (entry, 1) and count == 1
     (tmp_path / "x.onnx").write_bytes(b"damaged")
     assert made("one", entry) == (entry, 2)
-    with pytest.raises(BadInput, match="is of another run than"):
-        made("two", entry)
-    records.write(tmp_path / "records/run/seed0.json", record_of("two"))
     again, count = made("two", entry)
     assert count == 3 and again["networks"][0]["weights_sha256"] == "two"
+
+
+def test_the_same_weights_in_another_time_are_the_same_network(made, tmp_path):
+    """A fresh clone trains them anew; on another machine they are others, and so is the record."""
+    entry, _ = made("one", None)
+    path = tmp_path / "records/page/run/seed0.json"
+    kept = json.dumps({**record_of("one"), "train_seconds": 1.0})
+    path.write_text(kept)
+    again, count = made("one", entry)
+    assert count == 2 and path.read_text() == kept
+    assert again["networks"][0]["record_sha256"] == hashlib.sha256(kept.encode()).hexdigest()
+    made("two", again)
+    assert json.loads(path.read_text())["weights_sha256"] == "two"
 
 
 def test_more_bytes_than_a_reader_waits_for_are_refused(tmp_path, monkeypatch):

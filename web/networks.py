@@ -152,13 +152,14 @@ def judged(path: Path, deployed: nn.Module, dataset: Dataset, reached: list[floa
 
 
 def committed(cfg: Config, run: str, record: dict) -> Path:
-    """The record that goes with a run, written where there is none. BadInput for another run's."""
-    path = Path(cfg.records, run, "seed0.json")
-    if not path.exists():
+    """The page's own record of a run's network; one there of the same weights stays as it is.
+
+    The study's record may be of other weights: those of the machine that ran it.
+    """
+    path = Path(cfg.records, "page", Path(run).name, "seed0.json")
+    if not path.exists() or records.read(path)["weights_sha256"] != record["weights_sha256"]:
         path.parent.mkdir(parents=True, exist_ok=True)
         records.write(path, record)
-    if path.read_bytes() != records.encoded(record):
-        raise BadInput(f"{path} is of another run than {cfg.runs}/{run}: keep one of them")
     return path
 
 
@@ -175,6 +176,7 @@ def make(cfg: Config, source: Source, earlier: dict | None) -> dict:
     parts = [engine.load_trained(Path(cfg.runs, run, "seed0.pt"), torch.device("cpu"),
                                  models.build) for run in source.runs]
     files = [committed(cfg, run, record) for run, (_, record) in zip(source.runs, parts)]
+    parts = [(model, json.loads(file.read_text())) for (model, _), file in zip(parts, files)]
     if earlier and path.exists() and earlier["sha256"] == sha256(path) and (
             [one["record_sha256"] for one in earlier["networks"]] == [*map(sha256, files)]):
         return earlier

@@ -195,10 +195,12 @@ export async function startFacade(index) {
 }
 
 async function take(path) {
+  const mine = ++newest;
   try {
     const answer = await fetch(new URL(path, document.baseURI));
-    await open(await answer.blob(), path.split("/").at(-1));
+    const blob = await answer.blob();
+    if (mine === newest) await open(blob, path.split("/").at(-1));
   } catch (error) {
-    fail(`${path} cannot be had: ${error.message}`);
+    if (mine === newest) fail(`${path} cannot be had: ${error.message}`);
   }
 }
