@@ -269,16 +269,18 @@ plan: | $(ENV)
 
 # ---- attention and shift invariance: measured on trained weights, which are not committed ----
 
-# A run is deterministic, so where the study was not run here the row is trained again, beside its committed record.
-# The target is the run's record, which is written last: the checkpoint beside it is whole once it is there.
+# A run is deterministic, so where the study was not run here the row is trained again, beside its committed record. Of a
+# set of one's own it is a run of the table. The target is the run's record, which is written last: the checkpoint beside it
+# is whole once it is there.
 define weights_rule
-runs/$(SET)/$(1)/seed%.json: | $(call needs,$(1))
+runs/$(SET)/$(1)/seed%.json: | $(call needs,$(1)) $(if $(DATA),$(RESULTS)/$(1)/seed%.json)
 	mkdir -p $$(@D)
 	if [ -f $(RESULTS)/$(1)/seed$$*.json ] && [ -f $(RESULTS)/$(1)/seed$$*.pt ]; \
 	then cp $(RESULTS)/$(1)/seed$$*.pt $(RESULTS)/$(1)/seed$$*.json $$(@D); \
 	else $(call TRAIN,$(patsubst %/,%,$(dir $(1)))) --seed $$* $($(1)) --out $$(@D); fi
 endef
 $(foreach row,$(ROWS),$(eval $(call weights_rule,$(row))))
+.PRECIOUS: $(ROWS:%=$(RESULTS)/%/seed%.json)
 
 SURROGATES := $(call named,surrogates)
 base := runs/$(SET)/table1/maxpool-2-32/seed

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab import batches, engine, records
+from lab import batches, distributed, engine, records
 from lab.batches import Dataset, logits_memory, stored_memory
 from lab.devices import free_memory, host_memory
 from lab.files import BadInput
@@ -28,10 +28,16 @@ Parse = Callable[[list[str]], Settings]
 
 
 def read_rows(argv: list[str] | None, parse: Parse) -> list[Settings]:
-    """The settings of each row on stdin: a row is a line of flags, which are added to argv."""
+    """The settings of each row on stdin: a row is a line of flags, which are added to argv.
+
+    Under torchrun the first process reads them, for all.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    given = sys.stdin.read() if distributed.rank() == 0 else ""
+    if distributed.ranks() > 1:
+        given = distributed.from_first(given)
     rows = []
-    for number, line in enumerate(sys.stdin.read().splitlines(), 1):
+    for number, line in enumerate(given.splitlines(), 1):
         try:
             flags = shlex.split(line)
         except ValueError as error:

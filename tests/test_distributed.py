@@ -43,13 +43,14 @@ SEG = ["train_seg", "--protocol", "smoke", "--hourglasses", "1", "--width", "4",
 CLS = ["train_cls", "--protocol", "smoke", "--width", "4", "--batch", "64", "--train-images", "512"]
 
 
-def run(out, root, flags, processes=1, hit=None):
+def run(out, root, flags, processes=1, hit=None, stdin=None):
     """The process that ended, and the record if there is one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"HIT": hit} if hit else {})}
     done = subprocess.run([*(TORCHRUN if processes == 2 else []), sys.executable, "-c", SCRIPT,
                            *flags, "--precision", "fp32", "--device", "cpu",
                            "--data-root", str(root), "--out", str(out)],
-                          capture_output=True, text=True, env=environment, timeout=300)
+                          capture_output=True, text=True, env=environment, timeout=300,
+                          input=stdin)
     record = out / "seed0.json"
     return done, json.loads(record.read_text()) if record.exists() else None
 
@@ -135,3 +136,9 @@ def test_a_batch_that_cannot_be_shared_is_refused(whole, tmp_path):
     done, record = run(tmp_path, whole[0], [*SEG[:-1], "3"], processes=2)
     assert record is None
     assert done.stderr.count("--batch 3: 2 processes cannot share 3 images evenly") == 2
+
+
+def test_what_rows_of_two_processes_take_is_planned_by_both(whole, tmp_path):
+    done, record = run(tmp_path, whole[0], [*SEG, "--plan", "3"], 2, stdin="\n--width 8\n")
+    assert done.returncode == 0 and record is None, done.stderr
+    assert done.stdout.count("2 rows of 3 runs") == done.stdout.count("time: about") == 1

@@ -130,6 +130,16 @@ def test_a_measurement_that_exists_asks_for_no_training(make, tmp_path):
     assert plan.count("interpret.py measure") == 1 and plan.count("--frozen") == 1
 
 
+def test_a_picture_of_ones_own_set_is_of_a_run_of_the_table(make, tmp_path, streets):
+    """That comes after the plan: beside the table the base row would be trained twice at once."""
+    results = tmp_path / "results/smoke"
+    plan = make("-n", f"{results}/predictions.png", f"DATA={streets}").stdout.splitlines()
+    steps = [next((word for word in ("--plan", f"--out {results}/table2/standard", "cp ",
+                                     "interpret.py") if word in line), None) for line in plan]
+    assert [step for step in steps if step] == [
+        "--plan", f"--out {results}/table2/standard", "cp ", "interpret.py"]
+
+
 def test_a_row_is_made_once_resumes_by_name_and_takes_a_launcher(make, tmp_path):
     launcher = tmp_path / "launch"
     launcher.write_text(f'#!/bin/sh\necho "launched $*" >> {tmp_path}/log\nexec "$@"\n')
