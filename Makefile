@@ -179,6 +179,10 @@ RUN := env OMP_NUM_THREADS=2
 endif
 endif
 
+ifeq ($(DATA)$(origin FLAGS),command line)
+$(error FLAGS=$(FLAGS) is for every row of DATA=; the rows of the study share their protocol's settings)
+endif
+
 # the study of another set than the report's, a folder of the user's: docs/own-data.md
 SET := $(PROTOCOL)
 OWN := table1 table2

@@ -249,7 +249,7 @@ def measure(cfg: Measure) -> None:
                   for padding, error in more["error"].items()}
     record = {"script": "interpret.py", "config": settings, "data": digest,
               "environment": environment(device, surrogate.dtype), "trained": trained,
-              "metrics": {"test": scores}, **more}
+              "metrics": {surrogate.dataset.held_out: scores}, **more}
     records.write(path, record, arrays)
     print("  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
     print(f"record {path}")

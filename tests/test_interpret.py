@@ -104,6 +104,16 @@ def test_figures_of_a_study_are_drawn_from_records_alone(trained, tmp_path, caps
     assert "table1 has no record yet" in capsys.readouterr().out
 
 
+def test_what_is_measured_on_held_out_training_data_is_not_of_the_test_split(fashion_root,
+                                                                             tmp_path):
+    conftest.trained("train_cls", tmp_path, "--split", "dev", "--train-images", 256,
+                     root=fashion_root)
+    assert draw("measure", "--checkpoint", tmp_path / "seed0.pt", "--out", tmp_path / "measured",
+                "--images", 8, "--sweep-images", 2, "--data-root", fashion_root) == 0
+    record = json.loads((tmp_path / "measured/seed0.json").read_text())
+    assert list(record["metrics"]) == ["val"]
+
+
 def test_maps_sum_to_the_logits():
     torch.manual_seed(0)
     for down in ("maxpool", "stride", "blurpool"):
