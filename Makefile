@@ -165,7 +165,9 @@ SEEDS_desk := 0 1 2 3 4 5
 SEEDS_small := 0 1 2
 SEEDS_smoke := 0
 DEVICE ?= auto
+# not what a shell has by these names
 RUN :=
+FLAGS :=
 ifneq ($(filter $(PROTOCOL),desk small),)
 # where there is no GPU one row leaves cores idle: two side by side, each on half of them
 MAKEFLAGS += -j2
