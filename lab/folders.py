@@ -81,13 +81,19 @@ def has_pairs(folder: Path) -> bool:
     return any(name.endswith(".jpg") and f"{name[:-4]}.png" in inside for name in inside)
 
 
+def note(paths: list[Path], what: str) -> None:
+    """Say of some files, if there are any, what a user may want to know."""
+    if paths:
+        more = f" and {len(paths) - 1} more" * (len(paths) > 1)
+        print(f"NOTE: {shown(paths[0])}{more}: {what}", file=sys.stderr)
+
+
 def images_in(folder: Path) -> list[Path]:
     """The files that are images by their names; what else lies there is passed over with a NOTE."""
     found = entries(folder)
     images = [path for path in found if path.suffix.lower() in SUFFIXES]
-    if others := [path for path in found if path.suffix.lower() not in SUFFIXES]:
-        print(f"NOTE: {shown(others[0])}{f' and {len(others) - 1} more' * (len(others) > 1)}: no "
-              f"image by the name, passed over", file=sys.stderr)
+    note([path for path in found if path.suffix.lower() not in SUFFIXES],
+         "no image by the name, passed over")
     return images
 
 
@@ -150,6 +156,9 @@ def class_names(folder: Path, parts: list[str]) -> tuple[str, ...]:
     """The classes of train/, in the order of their names. BadInput where test/ has others."""
     kinds = {part: sorted(path.name for path in entries(folder / part) if path.is_dir())
              for part in parts}
+    note([path for part in parts for path in entries(folder / part)
+          if path.suffix.lower() in SUFFIXES and not path.is_dir()],
+         "beside the class folders, so of no class: passed over")
     names = kinds["train"]
     if names == ["images", "masks"]:
         raise BadInput(f"{folder} has images/ and masks/, but no classes.txt: name the classes "
@@ -180,10 +189,8 @@ def find_items(folder: Path, task: str) -> tuple[list[Item], list[Item], Legend]
     for part in parts:
         check_entries(folder / part, ("images", "masks") if task == "segmentation" else ())
     known = {"classes.txt", "groups.csv", *parts}
-    for path in entries(folder):
-        if path.name not in known and path.is_dir():
-            print(f"NOTE: {shown(path)} is passed over: only train/ and test/ are read",
-                  file=sys.stderr)
+    note([path for path in entries(folder) if path.name not in known and path.is_dir()],
+         "passed over, only train/ and test/ are read")
     if task == "segmentation":
         if not legend_file.is_file():
             raise BadInput(f"{legend_file} is missing: name the classes there, one a line in the "
@@ -280,13 +287,6 @@ def look(path: Path) -> tuple[bool, bool]:
             return grey, image.format == "JPEG" and image.getexif().get(ORIENTATION, 1) in TURNS
     except Exception:  # whoever reads it will say what is wrong
         return False, False
-
-
-def note(paths: list[Path], what: str) -> None:
-    """Say of some files, if there are any, what a user may want to know."""
-    if paths:
-        more = f" and {len(paths) - 1} more" * (len(paths) > 1)
-        print(f"NOTE: {shown(paths[0])}{more}: {what}", file=sys.stderr)
 
 
 def some_of_each(items: list[Item], limit: int) -> list[Item]:

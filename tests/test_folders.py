@@ -183,9 +183,19 @@ def test_what_is_passed_over_is_said(streets, capsys):
     (streets / "__MACOSX").mkdir()
     segments(streets)
     notes = capsys.readouterr().err
-    assert "val is passed over: only train/ and test/ are read" in notes
+    assert "val: passed over, only train/ and test/ are read" in notes
     assert "notes.txt and 1 more: no image by the name, passed over" in notes
     assert "Thumbs" not in notes and "DS_Store" not in notes and "MACOSX" not in notes
+
+
+def test_images_beside_the_class_folders_are_passed_over_and_said(shapes, capsys):
+    expected = folders.load(shapes, "classification", 8)
+    image = next((shapes / "train").glob("*/*.png"))
+    for name in ("loose.png", "other.png"):
+        (shapes / "train" / name).write_bytes(image.read_bytes())
+    assert len(folders.load(shapes, "classification", 8).train) == len(expected.train)
+    said = "loose.png and 1 more: beside the class folders, so of no class: passed over"
+    assert said in capsys.readouterr().err
 
 
 def test_what_an_archive_leaves_behind_is_no_class(shapes):
