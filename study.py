@@ -194,12 +194,17 @@ def render_claims(found: dict[str, dict]) -> str:
 # ---- attention ----
 
 def surrogates(rows: dict) -> dict[tuple[str, float], dict[int, dict]]:
-    """{(frozen or scratch, strength of the tie): records by seed}, by what the records say."""
+    """{(frozen or scratch, strength of the tie): records by seed}, by what the records say.
+
+    Of several, as where a reader adds one with a switch more, the one that is called so.
+    """
     found = {}
-    for seeds in rows.values():
+    for row, seeds in rows.items():
         one = next(iter(seeds.values()))
         kind = "frozen" if records.need(one, "config", "frozen") else "scratch"
-        found[kind, records.need(one, "config", "tie", kind=(int, float))] = seeds
+        tie = records.need(one, "config", "tie", kind=(int, float))
+        if (kind, tie) not in found or row == f"{kind}-tie{tie:g}":
+            found[kind, tie] = seeds
     return found
 
 

@@ -345,3 +345,6 @@ def test_surrogates_are_found_by_what_they_are_not_by_their_folders_name():
     rows = {"mine": of(True, 0.0), "another": of(False, 0.9)}
     assert study.surrogates(rows) == {("frozen", 0.0): rows["mine"],
                                       ("scratch", 0.9): rows["another"]}
+    for name in ("frozen-tie0", "frozen-tie0-wide"):  # a row that a reader adds is no other's
+        rows[name] = of(True, 0.0)
+    assert study.surrogates(rows)["frozen", 0.0] is rows["frozen-tie0"]
