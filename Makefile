@@ -6,11 +6,10 @@
 #   make interpret                       attention and shift invariance: surrogates, measurements, figures
 #
 #   PROTOCOL=  report (default, for a GPU: three or four rows side by side unless -j or RUN= say otherwise),
-#              desk (two CPU cores: two rows side by side unless -j says otherwise), small (the same, a first
-#              look), smoke (seconds)
+#              desk (two CPU cores: two rows side by side unless -j says otherwise), smoke (seconds)
 #   DATA=      a folder of your own images, see docs/own-data.md: the table that fits it, into
 #              results/PROTOCOL-FOLDER; FLAGS= for every row of it, e.g. FLAGS="--size 96 --epochs 60"
-#   SEEDS=     "0 1 2 3 4 5" (report, desk), "0 1 2" (small), 0 (smoke)
+#   SEEDS=     "0 1 2 3 4 5" (report), "0 1 2" (desk), 0 (smoke)
 #   DEVICE=    auto, cpu, cuda, cuda:1
 #   RUN=       a launcher before every row's command, e.g. RUN="srun --gpus=1"
 #   PY=        an interpreter that has the packages, instead of the environment that make builds in .venv
@@ -67,15 +66,12 @@ surrogates/scratch-tie1   := --tie 1
 
 # fewer grids in more steps where there is no GPU
 composites/desk := --train-images 20000 --batch 32
-composites/small := --train-images 8000 --batch 32 --lr 2e-3 --warmup 0.2
 measure/desk := --sweep-images 128
-measure/small := --images 2000 --sweep-images 64
 measure/smoke := --images 64 --sweep-images 2
 
 # how far features are from moving with the image is measured for these rows of Table 1
 EQUIVARIANCE := maxpool-2-32 blurpool-2-32 stride-2-32
 equivariance/desk := --sweep-images 128
-equivariance/small := --sweep-images 32
 equivariance/smoke := --sweep-images 2
 
 # ---- the environment ----
@@ -154,21 +150,20 @@ gpu: $(ENV)
 # ---- the study ----
 
 PROTOCOL ?= report
-PROTOCOLS := report desk small smoke
+PROTOCOLS := report desk smoke
 # before anything runs: a wrong name would make an empty table
 ifneq ($(words $(PROTOCOL)) $(filter $(PROTOCOLS),$(PROTOCOL)),1 $(PROTOCOL))
 $(error PROTOCOL=$(PROTOCOL) must be one of: $(PROTOCOLS))
 endif
 SEEDS ?= $(SEEDS_$(PROTOCOL))
 SEEDS_report := 0 1 2 3 4 5
-SEEDS_desk := 0 1 2 3 4 5
-SEEDS_small := 0 1 2
+SEEDS_desk := 0 1 2
 SEEDS_smoke := 0
 DEVICE ?= auto
 # not what a shell has by these names
 RUN :=
 FLAGS :=
-ifneq ($(filter $(PROTOCOL),desk small),)
+ifeq ($(PROTOCOL),desk)
 # where there is no GPU one row leaves cores idle: two side by side, each on half of them
 MAKEFLAGS += -j2
 RUN := env OMP_NUM_THREADS=$(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))

@@ -116,7 +116,7 @@ OWN_CLAIMS = ("C2", "C7", "C8", "C9", "C10", "C11", "C12")
 # settings that all rows of a table must share: a row differs by its own switch and by nothing else
 SHARED = ("protocol", "split", "epochs", "batch", "lr", "weight_decay", "warmup", "precision",
           "deterministic", "compile", "size", "flip", "train_images", "weight_power")
-PROTOCOLS = ("report", "desk", "small", "smoke")
+PROTOCOLS = ("report", "desk", "smoke")
 
 
 def load_records(folder: Path, protocol: str) -> dict[str, dict[int, dict]]:

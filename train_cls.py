@@ -84,7 +84,6 @@ OWN_SIZE = 64  # of --data: photographs say little in Fashion-MNIST's 28 pixels
 PROTOCOLS = {
     "report": {},
     "desk": {"epochs": 3, "lr": 2e-3, "warmup": 0.2},
-    "small": {"epochs": 2, "train_images": 20000},
     "smoke": {"epochs": 2, "train_images": 512, "width": 8},
 }
 

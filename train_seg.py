@@ -70,7 +70,6 @@ class Config(Settings):
 PROTOCOLS = {
     "report": {},
     "desk": {"size": 128, "epochs": 10, "batch": 8, "lr": 2e-3, "warmup": 0.3},
-    "small": {"epochs": 5, "size": 96},
     "smoke": {"epochs": 2, "size": 32, "width": 8},
 }
 

@@ -111,18 +111,18 @@ def test_8_bit_weights_are_the_nearest(tmp_path):
 def test_the_tables_are_those_of_the_study():
     """What the page shows is, cell by cell, what study.py writes as Markdown."""
     for name in study.REPORT:
-        shown, rows = build.table(ROOT / "results", "small", name)
+        shown, rows = build.table(ROOT / "results", "desk", name)
         text = study.render(rows, name, shown["seeds"])
         for row in shown["rows"]:
             line = next(line for line in text.splitlines() if f"`{row['row']}`" in line)
             for one in row["columns"].values():
                 sign = "" if row["base"] else "+"
                 assert f"{one['mean']:{sign}.2f} ± {one['half']:.2f}" in line
-                assert len(one["own"]) == len(one["values"]) == shown["seeds"]
+                assert len(one["own"]) == len(one["values"]) == row["seeds"]
                 if one["report"] is not None:
                     mark = "✓" if one["holds"] else "✗"
                     assert f"{one['report']:{sign}.2f} {mark}" in line
-            assert row["command"] == f"make {name}/{row['row']} PROTOCOL=small"
+            assert row["command"] == f"make {name}/{row['row']} PROTOCOL=desk"
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_the_verdicts_are_those_of_the_study(tmp_path):
 
 
 def test_each_seeds_own_value_is_its_records():
-    shown, rows = build.table(ROOT / "results", "small", "table1")
+    shown, rows = build.table(ROOT / "results", "desk", "table1")
     for row in shown["rows"]:
         for name, (_, split, key) in study.COLUMNS["table1"].items():
             assert row["columns"][name]["own"] == pytest.approx({

@@ -300,9 +300,9 @@ def test_a_broken_worker_fails_its_own_requests_alone(open_page):
 def test_tables_sort_and_show_their_seeds(open_page):
     tables = json.loads((Path(PAGE) / "data/tables.json").read_text())
     page = open_page("#tables")
-    page.select_option("#protocol", "small")
+    page.select_option("#protocol", "desk")
     rows = page.locator("#table tbody tr")
-    shown = tables["small"]["table1"]["rows"]
+    shown = tables["desk"]["table1"]["rows"]
     assert rows.count() == len(shown)
     rows.nth(3).hover()
     detail = page.locator("#detail").inner_text()
@@ -314,9 +314,9 @@ def test_tables_sort_and_show_their_seeds(open_page):
     assert rows.nth(1).get_attribute("data-row") == best["row"]
     assert rows.nth(0).get_attribute("data-row") == shown[0]["row"]
     page.select_option("#which", "claims")
-    assert rows.count() == len(tables["small"]["claims"])
-    said = (ROOT / "results/small/claims.md").read_text().splitlines()
-    for one in tables["small"]["claims"]:
+    assert rows.count() == len(tables["desk"]["claims"])
+    said = (ROOT / "results/desk/claims.md").read_text().splitlines()
+    for one in tables["desk"]["claims"]:
         shown = page.locator(f"tr[data-row={one['claim']}]").inner_text()
         line = next(line for line in said if line.startswith(f"| {one['claim']} "))
         effect = line.split(" | ")[1].split(", `")[0]  # "+0.57 wgap"

@@ -31,7 +31,7 @@ RUNTIME = {
         "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
     "ort-wasm-simd-threaded.wasm":
         "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"}
-PROTOCOLS = ("report", "desk", "small")  # the most telling first
+PROTOCOLS = ("report", "desk")  # the most telling first
 
 
 # ---- the runtime ----

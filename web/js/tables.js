@@ -12,7 +12,6 @@ const NAMES = {
 const ABOUT = {
   report: "as the report, on a GPU",
   desk: "the study, on two CPU cores",
-  small: "a first look: fewer images and epochs",
 };
 
 let all,
