@@ -281,6 +281,7 @@ runs/$(SET)/$(1)/seed%.json: | $(call needs,$(1)) $(if $(DATA),$(RESULTS)/$(1)/s
 	else $(call TRAIN,$(patsubst %/,%,$(dir $(1)))) --seed $$* $($(1)) --out $$(@D); fi
 endef
 $(foreach row,$(ROWS),$(eval $(call weights_rule,$(row))))
+# asked for on the way to these weights alone, a run stays all the same
 .PRECIOUS: $(ROWS:%=$(RESULTS)/%/seed%.json)
 
 SURROGATES := $(call named,surrogates)

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab import batches, distributed, engine, records
+from lab import batches, engine, records
 from lab.batches import Dataset, logits_memory, stored_memory
 from lab.devices import free_memory, host_memory
+from lab.distributed import from_first, rank
 from lab.files import BadInput
 from lab.provenance import multiply_adds
 from lab.settings import Settings, settings_of
@@ -33,9 +34,7 @@ def read_rows(argv: list[str] | None, parse: Parse) -> list[Settings]:
     Under torchrun the first process reads them, for all.
     """
     argv = sys.argv[1:] if argv is None else argv
-    given = sys.stdin.read() if distributed.rank() == 0 else ""
-    if distributed.ranks() > 1:
-        given = distributed.from_first(given)
+    given = from_first(sys.stdin.read() if rank() == 0 else "")
     rows = []
     for number, line in enumerate(given.splitlines(), 1):
         try:

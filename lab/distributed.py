@@ -57,7 +57,12 @@ def leave_group() -> None:
 
 
 def from_first(state: typing.Any) -> typing.Any:
-    """The first process's state in every process, sent as a checkpoint is: it can run no code."""
+    """The first process's state in every process, sent as a checkpoint is: it can run no code.
+
+    Alone, the state itself.
+    """
+    if not dist.is_initialized():
+        return state
     buffer = io.BytesIO()
     torch.save(state, buffer)
     size = torch.tensor(buffer.tell())

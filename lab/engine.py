@@ -147,11 +147,10 @@ class Run:
     def resume(self) -> None:
         """Go on from what the first process finds in the run's files."""
         state = self.stored() if rank() == 0 else None
-        if dist.is_initialized():
-            state, first = from_first((state, self.identity))
-            if first != self.identity:
-                raise BadInput("this process has other data or settings than the first; start all "
-                               "of them with one command, on the same files")
+        state, first = from_first((state, self.identity))
+        if first != self.identity:
+            raise BadInput("this process has other data or settings than the first; start all "
+                           "of them with one command, on the same files")
         if state is None:
             self.save()  # a place that cannot be written shows now, not after the first epoch
         elif "model" not in state:

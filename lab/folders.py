@@ -40,6 +40,7 @@ SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in IMAGE_FORMATS}
 LITTER = ("thumbs.db", "desktop.ini", "__macosx")  # what file managers and archives leave behind
 READ = ("classes.txt", "groups.csv", "train", "test", "test_dev")
+NAME_CLASSES = "name the classes there, one a line in the order of the masks' values"
 READERS = min(4, os.cpu_count() or 1)  # images decoded at a time: more wait for the disk
 
 
@@ -161,8 +162,7 @@ def class_names(folder: Path, parts: list[str]) -> tuple[str, ...]:
          "beside the class folders, so of no class: passed over")
     names = kinds["train"]
     if names == ["images", "masks"]:
-        raise BadInput(f"{folder} has images/ and masks/, but no classes.txt: name the classes "
-                       f"there, one a line in the order of the masks' values")
+        raise BadInput(f"{folder} has images/ and masks/, but no classes.txt: {NAME_CLASSES}")
     check_names(names, str(folder / "train"))
     if len(names) < 2:
         raise BadInput(f"{folder / 'train'} has {len(names)} class folders: make it "
@@ -193,9 +193,8 @@ def find_items(folder: Path, task: str) -> tuple[list[Item], list[Item], Legend]
          "passed over, only train/ and test/ are read")
     if task == "segmentation":
         if not legend_file.is_file():
-            raise BadInput(f"{legend_file} is missing: name the classes there, one a line in the "
-                           f"order of the masks' values (a set of class folders is for "
-                           f"classification)")
+            raise BadInput(f"{legend_file} is missing: {NAME_CLASSES} (a set of class folders is "
+                           f"for classification)")
         legend = read_legend(legend_file, legend_file.read_bytes())
         found = [masked(folder, part) for part in parts]
     else:

@@ -106,9 +106,9 @@ def load(folder: Path, protocol: str, order: Iterable[str] = (),
     """{row: {seed: record}} of a folder; the rows in `order` first, then any others.
 
     Records are `seed_files`, and nothing else is. BadInput names a record that does not belong:
-    without metrics of the test split, of another protocol, other data, another value of
-    a setting that all rows must share, or other settings than its own row's other seeds; and one
-    whose arrays are another's.
+    without metrics of the test split, of another protocol, other data, another value of a setting
+    that all rows must share, or other settings than its own row's other seeds; and one whose arrays
+    are another's.
     """
     rows, known = {}, list(order)
     names = sorted(path.name for path in folder.glob("*/"))

@@ -151,7 +151,7 @@ def judged(path: Path, deployed: nn.Module, dataset: Dataset, reached: list[floa
     return costs
 
 
-def committed(cfg: Config, run: str, record: dict) -> Path:
+def page_record(cfg: Config, run: str, record: dict) -> Path:
     """The page's own record of a run's network; one there of the same weights stays as it is.
 
     The study's record may be of other weights: those of the machine that ran it.
@@ -175,7 +175,7 @@ def make(cfg: Config, source: Source, earlier: dict | None) -> dict:
     path = Path(cfg.out, source.file)
     parts = [engine.load_trained(Path(cfg.runs, run, "seed0.pt"), torch.device("cpu"),
                                  models.build) for run in source.runs]
-    files = [committed(cfg, run, record) for run, (_, record) in zip(source.runs, parts)]
+    files = [page_record(cfg, run, record) for run, (_, record) in zip(source.runs, parts)]
     parts = [(model, json.loads(file.read_text())) for (model, _), file in zip(parts, files)]
     if earlier and path.exists() and earlier["sha256"] == sha256(path) and (
             [one["record_sha256"] for one in earlier["networks"]] == [*map(sha256, files)]):
