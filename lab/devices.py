@@ -81,17 +81,19 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def cpu_lines() -> list[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-
-
 def instruction_sets() -> list[str]:
     """Those that decide which kernels run, and so the last bits: torch's own choice comes first."""
-    known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
-             "asimddp", "i8mm", "sve")
-    flags = next((line.split(":")[1].split() for line in cpu_lines()
-                  if line.startswith(("flags", "Features"))), [])
+    known = ("avx2", "avx512_f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
+             "dot", "i8mm", "sve")
+    found = torch.cpu.get_capabilities()  # what cpuid says, not the kernel's /proc/cpuinfo
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return [torch.backends.cpu.get_cpu_capability(), *(name for name in known if name in flags),
+    return [torch.backends.cpu.get_cpu_capability(), *(name for name in known if found.get(name)),
             *[f"ONEDNN_MAX_CPU_ISA={limit}"] * bool(limit)]
+
+
+def kernels(device: torch.device) -> str:
+    """The newest kind of kernels that run there, in a word: cuda, amx, avx512, avx2, ..."""
+    if device.type != "cpu":
+        return device.type
+    sets = instruction_sets()
+    return "amx" if "amx_int8" in sets else sets[0].lower()

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lab.devices import cpu_lines, instruction_sets
+from lab.devices import instruction_sets
 from lab.distributed import ranks
 from lab.files import tree_digest
 
@@ -43,7 +43,9 @@ def git(*args: str) -> str | None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    named = [line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{(named or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
 
 

@@ -10,7 +10,7 @@
 5. Where a step's time goes, by operator, and the speed of its convolutions against that of a large
    matrix product in the same precision, which is what the processor can reach.
 
-Times and ratios go to results/bench/speed.json. Rounds of the two sides alternate, so that a busy
+Times and ratios go to results/bench/speed-KERNELS.json, as in speed-avx2.json. Rounds of the two sides alternate, so that a busy
 machine slows both; the median of the rounds' ratios counts.
 """
 
@@ -233,7 +233,7 @@ def main() -> None:
         profiles = [profiled("HourGlass(2*32), batch 8, 128 pixels", standard(128), facades(128)),
                     profiled("VGG-ResNet(2,32,maxpool), batch 128, 28 pixels",
                              train_cls.Config(epochs=1), garments(1))]
-    record = Path("results/bench/speed.json")
+    record = Path(f"results/bench/speed-{devices.kernels(device)}.json")
     record.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment, "results": results, "profiles": profiles}
     records.write(record, content)

@@ -12,12 +12,14 @@ is installed. Metrics are of the held-out split at the run's own image size.
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -71,7 +73,9 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, ...")
     data: str | None = flag(None, "the folder of your own that the run was trained on")
     data_root: str | None = flag(None, "folder of the data sets (default: $DATA_ROOT, else ./data)")
-    record: str = flag("results/bench/inference.json", "file of the results, a .png beside it")
+    record: str | None = flag(None, "file of the results, inference<...>.json (default: results/"
+                                    "bench/inference-KERNELS.json, as in inference-avx2.json); "
+                                    "the table and the figure are of all such beside it")
     only: str | None = flag(None, "time this form alone, in this process; print the times as JSON")
 
     def __post_init__(self) -> None:
@@ -259,9 +263,16 @@ def metric_of(record: dict) -> tuple[str, str]:
     return ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
 
 
+def machine_of(record: dict) -> str:
+    environment = record["environment"]
+    return f"{environment['device']}: {', '.join(environment['instructions'])}"
+
+
 def render(record: dict) -> str:
+    """One machine's table, as Markdown."""
     key, label = metric_of(record)
-    lines = ["| form | median ms | p95 ms | times as fast as eager (rounds) | images/s "
+    lines = [f"**{machine_of(record)}**", "",
+             "| form | median ms | p95 ms | times as fast as eager (rounds) | images/s "
              f"| images/s, batch 8 | peak MB | test {label} |",
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
     for row in record["results"]:
@@ -271,10 +282,9 @@ def render(record: dict) -> str:
                      f"{one['ratio']:.2f} ({one['ratio_low']:.2f} to {one['ratio_high']:.2f}) | "
                      f"{one['images_per_second']:.1f} | {many['images_per_second']:.1f} | "
                      f"{one['peak_mb']} | {100 * row['quality'][key]:.2f} |")
-    environment = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines.append(f"\n{record['model']}, trained on {record['parity']['data']}, {record['size']} "
-                 f"pixels a side, batch 1 unless said; {environment['device']}; {versions}. "
+                 f"pixels a side, batch 1 unless said; {versions}. "
                  f"Median and range of {record['rounds']} rounds, each form in a process of its "
                  f"own; peak memory without the libraries themselves. "
                  f"{label} is that of the split at {record['parity']['size']} pixels, the run's "
@@ -292,25 +302,36 @@ def type_of(name: str) -> str:
     return {"f32": "float32", "bf16": "bfloat16"}.get(BACKENDS[name][2], BACKENDS[name][2])
 
 
-def draw(record: dict, path: Path) -> None:
-    """Each form's speed, the fastest on top, and its metric, which many forms share, in figures."""
-    key, label = metric_of(record)
-    rows = sorted(record["results"], key=lambda row: row["batch1"]["images_per_second"])
-    figure, ax = figures.subplots(figsize=(8.5, 1.4 + 0.27 * len(rows)))
-    for y, row in enumerate(rows):
-        colour = TYPES[type_of(row["name"])]
-        peer = row["name"].startswith("OpenVINO")
-        ax.plot(row["batch1"]["images_per_second"], y, "o", ms=8, color=colour,
-                mfc="none" if peer else colour, mew=1.6)
-        ax.text(1.02, y, f"{100 * row['quality'][key]:.2f}", va="center", color=colour,
-                transform=ax.get_yaxis_transform())
-    ax.text(1.02, len(rows) - 0.1, f"test {label} (%)", transform=ax.get_yaxis_transform())
-    ax.set(xlim=(0, None), ylim=(-0.6, len(rows) - 0.4), yticks=range(len(rows)),
-           yticklabels=[row["name"] for row in rows],
-           xlabel=f"images a second, batch 1, {record['size']} pixels a side, "
-                  f"{record['threads']} threads")
-    ax.grid(axis="x", alpha=0.3)
-    dot = functools.partial(figures.Line2D, [], [], marker="o", ls="", ms=8, mew=1.6)
+def draw(machines: list[dict], path: Path) -> None:
+    """How many times as fast as eager each form is, a panel a machine, and its metric, which many
+    forms share, in figures; the form that is fastest where it is fastest on top."""
+    best = {}
+    for row in itertools.chain(*(record["results"] for record in machines)):
+        best[row["name"]] = max(row["batch1"]["ratio"], best.get(row["name"], 0))
+    order = sorted(best, key=best.get)
+    figure, axes = figures.subplots(1, len(machines), figsize=(3.4 + 3.2 * len(machines),
+                                                               1.8 + 0.27 * len(order)),
+                                    sharey=True, squeeze=False)
+    for ax, record in zip(axes[0], machines, strict=True):
+        key, label = metric_of(record)
+        for row in record["results"]:
+            name, one, y = row["name"], row["batch1"], order.index(row["name"])
+            colour = TYPES[type_of(name)]
+            ax.plot([one["ratio_low"], one["ratio_high"]], [y, y], color=colour, lw=1.6)
+            ax.plot(one["ratio"], y, "o", ms=7, color=colour, mew=1.6,
+                    mfc="white" if name.startswith("OpenVINO") else colour)
+            ax.text(1.02, y, f"{100 * row['quality'][key]:.2f}", va="center", color=colour,
+                    transform=ax.get_yaxis_transform())
+        ax.text(1.02, len(order) - 0.1, f"{label} (%)", transform=ax.get_yaxis_transform())
+        device, _, sets = machine_of(record).partition(": ")
+        ax.set_title("\n".join([device, *textwrap.wrap(sets, 34)]), fontsize="small")
+        ax.set(xlim=(0, None), ylim=(-0.6, len(order) - 0.4), yticks=range(len(order)),
+               yticklabels=order)
+        ax.grid(axis="x", alpha=0.3)
+    sizes = " or ".join(map(str, sorted({record["size"] for record in machines})))
+    axes[0, len(machines) // 2].set_xlabel(f"times as fast as eager: median and range of rounds "
+                                           f"(batch 1, {sizes} pixels a side)")
+    dot = functools.partial(figures.Line2D, [], [], marker="o", ls="", ms=7, mew=1.6)
     figure.legend(handles=[dot(color=colour, label=name) for name, colour in TYPES.items()]
                   + [dot(color="0.3", mfc="none", label="OpenVINO, a peer")],
                   loc="outside lower center", ncols=4, frameon=False)
@@ -351,11 +372,13 @@ def main(argv: list[str] | None = None) -> None:
               "seconds": cfg.seconds, "environment": provenance.environment(device, torch.float32),
               "versions": versions, "parity": parity,
               "results": summarise(rounds, names, found)}
-    path = Path(cfg.record)
+    path = Path(cfg.record or f"results/bench/inference-{devices.kernels(device)}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write(path, record)
-    draw(record, path.with_suffix(".png"))
-    files.write_atomic(path.with_suffix(".md"), render(record).encode())
+    machines = [json.loads(one.read_text()) for one in sorted(path.parent.glob("inference*.json"))]
+    draw(machines, path.with_name("inference.png"))
+    files.write_atomic(path.with_name("inference.md"),
+                       "\n".join(map(render, machines)).encode())
     print(render(record))
 
 
