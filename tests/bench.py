@@ -10,8 +10,8 @@
 5. Where a step's time goes, by operator, and the speed of its convolutions against that of a large
    matrix product in the same precision, which is what the processor can reach.
 
-Times and ratios go to results/bench/speed-KERNELS.json, as in speed-avx2.json. Rounds of the two sides alternate, so that a busy
-machine slows both; the median of the rounds' ratios counts.
+Times and ratios go to results/bench/speed-KERNELS.json, as in speed-avx2.json. Rounds of the two
+sides alternate, so that a busy machine slows both; the median of the rounds' ratios counts.
 """
 
 import contextlib

@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # read when cuBLAS starts: on a GPU a test of --deterministic may come after others
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import avx2
 import pytest
 from made_set import make_shapes, make_streets
 from PIL import Image
@@ -134,6 +135,15 @@ def trained(script: str, folder: Path, *flags, root: Path) -> Path:
 def exported(folder: Path, *flags, root: Path) -> Path:
     assert run("export", "--checkpoint", folder / "seed0.pt", "--data-root", root, *flags) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def older_cpu():
+    """The environment variables of a process that sees AVX2 alone."""
+    try:
+        return avx2.environment()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no older CPU can be had here: {getattr(error, 'stderr', error)}")
 
 
 @pytest.fixture(scope="session")

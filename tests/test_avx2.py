@@ -7,21 +7,11 @@ import sys
 import avx2
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import helper
 from tools import REPO
 
 SCRIPT = [sys.executable, avx2.__file__]
-
-
-@pytest.fixture(scope="session")
-def older_cpu():
-    """The environment variables of a process that sees AVX2 alone."""
-    try:
-        return avx2.environment()
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no older CPU can be had here: {getattr(error, 'stderr', error)}")
 
 
 def seen(code, env):
