@@ -48,12 +48,17 @@ static void answer(int number, siginfo_t *info, void *context) {
     regs[REG_RIP] += 2;
 }
 
-// pytest and others set a handler of their own, which must not replace this one
+// Python, GCC and others set a handler of their own, which must not replace this one.
 int sigaction(int number, const struct sigaction *action, struct sigaction *old) {
     if (number != SIGSEGV) return real()(number, action, old);
     if (old) *old = theirs;
     if (action) theirs = *action;
     return 0;
+}
+
+sighandler_t signal(int number, sighandler_t handler) {
+    struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART}, old;
+    return sigaction(number, &action, &old) ? SIG_ERR : old.sa_handler;
 }
 
 __attribute__((constructor)) static void hide(void) {

@@ -59,6 +59,14 @@ def test_full_8_bit_weights_saturate_there(older_cpu, tmp_path, top):
     assert (float(done.stdout) == right) == (top == 63), done.stdout
 
 
+def test_a_compiler_tunes_for_the_older_cpu(older_cpu):
+    """GCC asks with a handler of its own for segmentation faults; torch.compile's is one too."""
+    done = subprocess.run(["c++", "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
+                          env=older_cpu, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "__AVX2__" in done.stdout and "__AVX512F__" not in done.stdout
+
+
 def test_a_crash_is_the_programs_own(older_cpu):
     """A handler of the program's own has its turn, once, and the process ends as it would."""
     for code, said in (("import ctypes; ctypes.string_at(0)", 0),
