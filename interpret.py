@@ -227,7 +227,8 @@ def measure(cfg: Measure) -> None:
     if trained["about_data"].get("own"):
         raise BadInput(f"{cfg.checkpoint} was trained on {trained['about_data']['name']}; measure "
                        f"takes classifiers of Fashion-MNIST")
-    settings = {**config, "images": cfg.images, "sweep_images": cfg.sweep_images}
+    settings = {**config, "images": cfg.images,
+                "sweep_images": (sweep_images := min(cfg.sweep_images, cfg.images))}
     made_of = f"{data.IDX_DIGESTS} {config['split']} {cfg.images}"
     digest = hashlib.sha256(made_of.encode()).hexdigest()
     path = Path(cfg.out, f"seed{config['seed']}.json")
@@ -242,9 +243,9 @@ def measure(cfg: Measure) -> None:
     surrogate = Surrogate(model, trained, data.find_root(cfg.data_root), device, cfg.images)
     arrays, more = {}, {}
     if config.get("composites"):
-        scores, arrays = measure_surrogate(surrogate, config, cfg.sweep_images)
+        scores, arrays = measure_surrogate(surrogate, config, sweep_images)
     else:
-        more["error"] = measure_equivariance(surrogate, cfg.sweep_images)
+        more["error"] = measure_equivariance(surrogate, sweep_images)
         scores = {f"equivariance_error_{padding}": float(np.mean(error))
                   for padding, error in more["error"].items()}
     record = {"script": "interpret.py", "config": settings, "data": digest,

@@ -178,9 +178,10 @@ int run(int argc, char** argv) {
         std::vector<double> wanted;
         for (int i = 3; i < argc; i++) wanted.push_back(number(argv[i]));
         if (wanted.size() < 4 || *std::min_element(wanted.begin(), wanted.end()) <= 0 ||
-            std::fmod(wanted[0], stride))
-            throw Error("--bench wants SIZE SECONDS THREADS BATCH..., and of SIZE a multiple of " +
-                        std::to_string(stride));
+            std::fmod(wanted[0], stride) ||
+            std::any_of(wanted.begin() + 2, wanted.end(), [](double n) { return n != std::trunc(n); }))
+            throw Error("--bench wants SIZE SECONDS THREADS BATCH..., whole but for SECONDS, and of "
+                        "SIZE a multiple of " + std::to_string(stride));
         at::set_num_threads(wanted[2]);
         bench(model, channels, wanted[0], wanted[1], {wanted.begin() + 3, wanted.end()}, before);
         return 0;

@@ -311,7 +311,7 @@ def draw(machines: list[dict], path: Path) -> None:
     order = sorted(best, key=best.get)
     figure, axes = figures.subplots(1, len(machines), figsize=(3.4 + 3.2 * len(machines),
                                                                1.8 + 0.27 * len(order)),
-                                    sharey=True, squeeze=False)
+                                    sharex=True, sharey=True, squeeze=False)
     for ax, record in zip(axes[0], machines, strict=True):
         key, label = metric_of(record)
         for row in record["results"]:
@@ -325,8 +325,10 @@ def draw(machines: list[dict], path: Path) -> None:
         ax.text(1.02, len(order) - 0.1, f"{label} (%)", transform=ax.get_yaxis_transform())
         device, _, sets = machine_of(record).partition(": ")
         ax.set_title("\n".join([device, *textwrap.wrap(sets, 34)]), fontsize="small")
-        ax.set(xlim=(0, None), ylim=(-0.6, len(order) - 0.4), yticks=range(len(order)),
-               yticklabels=order)
+        ax.set(xscale="log", xticks=(ticks := (1, 2, 4, 8, 16)), xticklabels=ticks,
+               ylim=(-0.6, len(order) - 0.4), yticks=range(len(order)), yticklabels=order)
+        ax.minorticks_off()
+        ax.set_xlim(0.8, 1.2 * max(best.values()))
         ax.grid(axis="x", alpha=0.3)
     sizes = " or ".join(map(str, sorted({record["size"] for record in machines})))
     axes[0, len(machines) // 2].set_xlabel(f"times as fast as eager: median and range of rounds "
@@ -375,7 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(cfg.record or f"results/bench/inference-{devices.kernels(device)}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write(path, record)
-    machines = [json.loads(one.read_text()) for one in sorted(path.parent.glob("inference*.json"))]
+    machines = sorted((json.loads(one.read_text()) for one in path.parent.glob("inference*.json")),
+                      key=lambda record: len(record["environment"]["instructions"]))
     draw(machines, path.with_name("inference.png"))
     files.write_atomic(path.with_name("inference.md"),
                        "\n".join(map(render, machines)).encode())

@@ -23,9 +23,10 @@ def test_what_a_run_records(older_cpu):
     """Also of a process that it starts, and of bfloat16, which "auto" must not take there."""
     code = ("import torch; from lab import devices; print(devices.instruction_sets(), "
             "devices.pick_dtype('auto', torch.device('cpu')))")
-    assert seen(code, older_cpu).stdout == "['AVX2', 'avx2'] torch.float32\n"
+    said = "['AVX2', 'avx2', 'LD_PRELOAD=avx2.so'] torch.float32\n"
+    assert seen(code, older_cpu).stdout == said
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
-    assert seen(nested, older_cpu).stdout == "['AVX2', 'avx2'] torch.float32\n"
+    assert seen(nested, older_cpu).stdout == said
 
 
 def conv_of(top):

@@ -109,9 +109,10 @@ def test_what_is_measured_on_held_out_training_data_is_not_of_the_test_split(fas
     conftest.trained("train_cls", tmp_path, "--split", "dev", "--train-images", 256,
                      root=fashion_root)
     assert draw("measure", "--checkpoint", tmp_path / "seed0.pt", "--out", tmp_path / "measured",
-                "--images", 8, "--sweep-images", 2, "--data-root", fashion_root) == 0
+                "--images", 8, "--data-root", fashion_root) == 0
     record = json.loads((tmp_path / "measured/seed0.json").read_text())
     assert list(record["metrics"]) == ["val"]
+    assert record["config"]["sweep_images"] == 8  # as many as there are
 
 
 def test_maps_sum_to_the_logits():

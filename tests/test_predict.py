@@ -256,6 +256,7 @@ def test_cpp_refusals(seg, runner, tmp_path, photos):
             ((model, "--out", "elsewhere"), "usage: runner MODEL"),
             ((model, "--bench", "1"), "--bench wants"),
             ((model, "--bench", "x", "1", "1", "1"), "--bench wants"),
+            ((model, "--bench", "32", "1", "1.5", "1"), "whole but for SECONDS"),
             ((model, "--bench", "24", "1", "1", "1"), "SIZE a multiple of 16")):
         done = subprocess.run([runner, *map(str, argv)], cwd=tmp_path, capture_output=True,
                               text=True)
