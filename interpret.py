@@ -89,8 +89,7 @@ class Measure(Common):
         if min(self.images, self.sweep_images) < 1:
             raise BadInput("--images and --sweep-images must be at least 1")
         if self.checkpoint is None or self.out is None:
-            raise BadInput(f"measure needs --checkpoint, the {RUN}, and --out, the folder of its "
-                           f"record")
+            raise BadInput(f"measure needs --checkpoint, the {RUN}, and --out, a folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +226,8 @@ def measure(cfg: Measure) -> None:
     if trained["about_data"].get("own"):
         raise BadInput(f"{cfg.checkpoint} was trained on {trained['about_data']['name']}; measure "
                        f"takes classifiers of Fashion-MNIST")
-    settings = {**config, "images": cfg.images,
-                "sweep_images": (sweep_images := min(cfg.sweep_images, cfg.images))}
+    swept = min(cfg.sweep_images, cfg.images)
+    settings = {**config, "images": cfg.images, "sweep_images": swept}
     made_of = f"{data.IDX_DIGESTS} {config['split']} {cfg.images}"
     digest = hashlib.sha256(made_of.encode()).hexdigest()
     path = Path(cfg.out, f"seed{config['seed']}.json")
@@ -243,9 +242,9 @@ def measure(cfg: Measure) -> None:
     surrogate = Surrogate(model, trained, data.find_root(cfg.data_root), device, cfg.images)
     arrays, more = {}, {}
     if config.get("composites"):
-        scores, arrays = measure_surrogate(surrogate, config, sweep_images)
+        scores, arrays = measure_surrogate(surrogate, config, swept)
     else:
-        more["error"] = measure_equivariance(surrogate, sweep_images)
+        more["error"] = measure_equivariance(surrogate, swept)
         scores = {f"equivariance_error_{padding}": float(np.mean(error))
                   for padding, error in more["error"].items()}
     record = {"script": "interpret.py", "config": settings, "data": digest,

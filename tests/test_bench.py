@@ -57,8 +57,8 @@ def test_the_benchs_figure_tells_every_form_apart(monkeypatch):
                 for path in sorted((tools.REPO / "results/bench").glob("inference-*.json"))]
     bench_inference.draw(machines, None)
     assert len(drawn[0].axes) == len(machines) >= 1
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
     for ax, record in zip(drawn[0].axes, machines, strict=True):
-        labels = [label.get_text() for label in ax.get_yticklabels()]
         there = {}  # form -> the ratio its marker stands at
         for line in ax.lines:
             if line.get_marker() == "o":
