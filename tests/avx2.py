@@ -30,7 +30,9 @@ def environment() -> dict[str, str]:
                             "-o", built, "-ldl"], check=True, capture_output=True, text=True)
             built.replace(library)
     preloaded = os.pathsep.join(filter(None, [str(library), os.environ.get("LD_PRELOAD")]))
-    env = {**os.environ, "LD_PRELOAD": preloaded}
+    # torch.compile's cache may hold half a kernel of this CPU's own, and would build on it
+    env = {**os.environ, "LD_PRELOAD": preloaded,
+           "TORCHINDUCTOR_CACHE_DIR": str(library.with_name("inductor-avx2"))}
     subprocess.run(["true"], check=True, capture_output=True, text=True, env=env)
     return env
 

@@ -68,6 +68,12 @@ def test_a_compiler_tunes_for_the_older_cpu(older_cpu):
     assert "__AVX2__" in done.stdout and "__AVX512F__" not in done.stdout
 
 
+def test_compiled_code_is_kept_apart(older_cpu):
+    """Pieces of code for this CPU and for the older one, linked together, crash."""
+    code = "from torch._inductor.runtime.runtime_utils import cache_dir; print(cache_dir())"
+    assert seen(code, older_cpu).stdout != seen(code, os.environ).stdout
+
+
 def test_a_crash_is_the_programs_own(older_cpu):
     """A handler of the program's own has its turn, once, and the process ends as it would."""
     for code, said in (("import ctypes; ctypes.string_at(0)", 0),
