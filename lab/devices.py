@@ -86,9 +86,10 @@ def instruction_sets() -> list[str]:
     known = ("avx2", "avx512_f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
              "dot", "i8mm", "sve")
     found = torch.cpu.get_capabilities()  # what cpuid says, not the kernel's /proc/cpuinfo
-    limits = ("ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")  # a preloaded library can hide some
-    return [torch.backends.cpu.get_cpu_capability(), *(name for name in known if found.get(name)),
-            *(f"{name}={Path(os.environ[name]).name}" for name in limits if os.environ.get(name))]
+    limits = [f"{name}={Path(part).name}" for name in ("ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
+              for part in os.environ.get(name, "").replace(":", " ").split()]  # may hide some
+    return [torch.backends.cpu.get_cpu_capability(),
+            *(name for name in known if found.get(name)), *limits]
 
 
 def kernels(device: torch.device) -> str:
