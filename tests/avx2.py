@@ -29,9 +29,10 @@ def environment() -> dict[str, str]:
             subprocess.run([os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", SOURCE,
                             "-o", built, "-ldl"], check=True, capture_output=True, text=True)
             built.replace(library)
-    preloaded = os.pathsep.join(filter(None, [str(library), os.environ.get("LD_PRELOAD")]))
+    others = [path for path in os.environ.get("LD_PRELOAD", "").split(os.pathsep)
+              if path not in ("", str(library))]
     # torch.compile's cache may hold half a kernel of this CPU's own, and would build on it
-    env = {**os.environ, "LD_PRELOAD": preloaded,
+    env = {**os.environ, "LD_PRELOAD": os.pathsep.join([str(library), *others]),
            "TORCHINDUCTOR_CACHE_DIR": str(library.with_name("inductor-avx2"))}
     subprocess.run(["true"], check=True, capture_output=True, text=True, env=env)
     return env
