@@ -263,15 +263,16 @@ def metric_of(record: dict) -> tuple[str, str]:
     return ("map", "MAP") if "map" in record["results"][0]["quality"] else ("accuracy", "accuracy")
 
 
-def machine_of(record: dict) -> str:
+def machine_of(record: dict) -> tuple[str, str]:
+    """The device, and its instruction sets."""
     environment = record["environment"]
-    return f"{environment['device']}: {', '.join(environment['instructions'])}"
+    return environment["device"], ", ".join(environment["instructions"])
 
 
 def render(record: dict) -> str:
     """One machine's table, as Markdown."""
     key, label = metric_of(record)
-    lines = [f"**{machine_of(record)}**", "",
+    lines = [f"**{': '.join(machine_of(record))}**", "",
              "| form | median ms | p95 ms | times as fast as eager (rounds) | images/s "
              f"| images/s, batch 8 | peak MB | test {label} |",
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
@@ -323,7 +324,7 @@ def draw(machines: list[dict], path: Path) -> None:
             ax.text(1.02, y, f"{100 * row['quality'][key]:.2f}", va="center", color=colour,
                     transform=ax.get_yaxis_transform())
         ax.text(1.02, len(order) - 0.1, f"{label} (%)", transform=ax.get_yaxis_transform())
-        device, _, sets = machine_of(record).partition(": ")
+        device, sets = machine_of(record)
         ax.set_title("\n".join([device, *textwrap.wrap(sets, 34)]), fontsize="small")
         ax.set(xscale="log", xticks=(ticks := (1, 2, 4, 8, 16)), xticklabels=ticks,
                ylim=(-0.6, len(order) - 0.4), yticks=range(len(order)), yticklabels=order)

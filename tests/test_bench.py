@@ -42,7 +42,7 @@ def test_bench_end_to_end(seg, runner, tmp_path, monkeypatch):
     model = record["model"]
     assert model.startswith("HourGlass(hourglasses=1, width=8, ")
     table = (tmp_path / "bench/inference.md").read_text()
-    assert table.startswith(f"**{bench_inference.machine_of(record)}**\n\n| form |")
+    assert table.startswith(f"**{': '.join(bench_inference.machine_of(record))}**\n\n| form |")
     assert f"| AOTInductor | {record['results'][3]['batch1']['median_ms']:.1f} |" in table
     assert f"\n{model}, trained on mini facade, 32 pixels a side" in table
     assert "| ONNX Runtime int8 (CPU) |" in table and record["results"][4]["provider"] == "CPU"
